@@ -1,0 +1,7 @@
+//! aoede: an ATA over Ethernet storage target.
+#![cfg_attr(test, allow(clippy::unwrap_used, clippy::expect_used, clippy::panic))]
+
+pub mod net;
+#[allow(unsafe_code)]
+pub mod sys;
+pub mod wire;

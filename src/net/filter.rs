@@ -1,0 +1,126 @@
+//! The socket filter: what cannot be for us never reaches the process.
+//!
+//! A frame passes if its EtherType is AoE, the kernel does not think it is
+//! another host's (another MAC, or a VLAN we are not in), and it is a request
+//! to our shelf or every shelf and our slot or every slot. An answer passes
+//! only if it carries exactly our address: then another target claims to be us.
+
+use crate::sys::packet::sock_filter;
+use crate::wire::{Address, ETHERTYPE, Shelf, Slot};
+
+const LOAD_HALF: u16 = (libc::BPF_LD | libc::BPF_H | libc::BPF_ABS) as u16;
+const LOAD_BYTE: u16 = (libc::BPF_LD | libc::BPF_B | libc::BPF_ABS) as u16;
+const IF_EQUAL: u16 = (libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K) as u16;
+const IF_SET: u16 = (libc::BPF_JMP | libc::BPF_JSET | libc::BPF_K) as u16;
+const RETURN: u16 = (libc::BPF_RET | libc::BPF_K) as u16;
+
+const ACCEPT: u32 = u32::MAX;
+const DROP: u32 = 0;
+
+/// The program for an export at this address.
+pub(super) fn program(address: Address) -> [sock_filter; 18] {
+    const OK: u8 = 16;
+    const NO: u8 = 17;
+    let shelf = u32::from(address.shelf.0);
+    let slot = u32::from(address.slot.0);
+    let packet_type = (libc::SKF_AD_OFF + libc::SKF_AD_PKTTYPE) as u32;
+    let op = |code, k| sock_filter {
+        code,
+        jt: 0,
+        jf: 0,
+        k,
+    };
+    // Where to go on, counted like the lines below; the kernel wants to know
+    // how many instructions to skip.
+    let branch = |at: u8, code, k, yes: u8, no: u8| sock_filter {
+        code,
+        jt: yes - at - 1,
+        jf: no - at - 1,
+        k,
+    };
+    [
+        /*  0 */ op(LOAD_HALF, 12),
+        /*  1 */ branch(1, IF_EQUAL, u32::from(ETHERTYPE), 2, NO),
+        /*  2 */ op(LOAD_BYTE, packet_type),
+        /*  3 */ branch(3, IF_EQUAL, u32::from(libc::PACKET_OTHERHOST), NO, 4),
+        /*  4 */ op(LOAD_BYTE, 14),
+        /*  5 */ branch(5, IF_SET, 0x08, 12, 6),
+        /*  6 */ op(LOAD_HALF, 16),
+        /*  7 */ branch(7, IF_EQUAL, shelf, 9, 8),
+        /*  8 */ branch(8, IF_EQUAL, u32::from(Shelf::EVERY.0), 9, NO),
+        /*  9 */ op(LOAD_BYTE, 18),
+        /* 10 */ branch(10, IF_EQUAL, slot, OK, 11),
+        /* 11 */ branch(11, IF_EQUAL, u32::from(Slot::EVERY.0), OK, NO),
+        /* 12 */ op(LOAD_HALF, 16),
+        /* 13 */ branch(13, IF_EQUAL, shelf, 14, NO),
+        /* 14 */ op(LOAD_BYTE, 18),
+        /* 15 */ branch(15, IF_EQUAL, slot, OK, NO),
+        /* 16 */ op(RETURN, ACCEPT),
+        /* 17 */ op(RETURN, DROP),
+    ]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Runs the program as the kernel does; a load past the end drops.
+    fn accepts(program: &[sock_filter], frame: &[u8], packet_type: u8) -> bool {
+        let (mut at, mut a) = (0, 0u32);
+        loop {
+            let i = program[at];
+            at += 1;
+            let byte = |n: u32| frame.get(n as usize).copied().map(u32::from);
+            match i.code {
+                LOAD_BYTE if i.k >= (libc::SKF_AD_OFF as u32) => a = u32::from(packet_type),
+                LOAD_BYTE => match byte(i.k) {
+                    Some(b) => a = b,
+                    None => return false,
+                },
+                LOAD_HALF => match (byte(i.k), byte(i.k + 1)) {
+                    (Some(high), Some(low)) => a = high << 8 | low,
+                    _ => return false,
+                },
+                IF_EQUAL => at += usize::from(if a == i.k { i.jt } else { i.jf }),
+                IF_SET => at += usize::from(if a & i.k != 0 { i.jt } else { i.jf }),
+                RETURN => return i.k == ACCEPT,
+                _ => panic!("unknown instruction {:#x}", i.code),
+            }
+        }
+    }
+
+    fn frame(shelf: u16, slot: u8, flags: u8) -> Vec<u8> {
+        let mut frame = vec![0; 32];
+        frame[12..14].copy_from_slice(&ETHERTYPE.to_be_bytes());
+        frame[14] = 0x10 | flags;
+        frame[16..18].copy_from_slice(&shelf.to_be_bytes());
+        frame[18] = slot;
+        frame
+    }
+
+    #[test]
+    fn requests_to_us_pass_and_nothing_else() {
+        let program = program(Address::new(1, 4).unwrap());
+        for (shelf, slot, passes) in [
+            (1, 4, true),
+            (0xFFFF, 4, true),
+            (1, 0xFF, true),
+            (0xFFFF, 0xFF, true),
+            (1, 5, false),
+            (2, 4, false),
+            (0xFFFF, 5, false),
+            (2, 0xFF, false),
+        ] {
+            let request = frame(shelf, slot, 0);
+            assert_eq!(accepts(&program, &request, 0), passes, "{shelf}.{slot}");
+            let other_host = libc::PACKET_OTHERHOST;
+            assert!(!accepts(&program, &request, other_host));
+            let answer = frame(shelf, slot, 0x08);
+            assert_eq!(accepts(&program, &answer, 1), (shelf, slot) == (1, 4));
+        }
+        let mut other = frame(1, 4, 0);
+        other[12] = 8;
+        assert!(!accepts(&program, &other, 0));
+        assert!(!accepts(&program, &frame(1, 4, 0)[..18], 0));
+    }
+}

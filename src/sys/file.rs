@@ -1,0 +1,101 @@
+//! Files below what `std` knows: reads that do not wait, alignment of direct
+//! I/O, sizes of block devices.
+
+use std::ffi::CStr;
+use std::fs::File;
+use std::io;
+use std::mem::MaybeUninit;
+use std::os::fd::AsRawFd;
+
+use super::packet::check;
+
+/// What direct I/O on a file must be aligned to, in bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DirectAlign {
+    /// Offsets and lengths.
+    pub offset: u32,
+    /// Memory.
+    pub memory: u32,
+}
+
+/// What the kernel says of direct I/O on this file (statx, Linux 6.1); `None`
+/// if it does not say, or says that there is none.
+pub fn direct_align(file: &File) -> Option<DirectAlign> {
+    let mut answer = MaybeUninit::<libc::statx>::zeroed();
+    let empty: &CStr = c"";
+    // SAFETY: the path is a C string, the buffer a whole statx of ours.
+    let result = unsafe {
+        libc::statx(
+            file.as_raw_fd(),
+            empty.as_ptr(),
+            libc::AT_EMPTY_PATH,
+            libc::STATX_DIOALIGN,
+            answer.as_mut_ptr(),
+        )
+    };
+    check(result).ok()?;
+    // SAFETY: zeroed, then written by the kernel; all of it is numbers.
+    let answer = unsafe { answer.assume_init() };
+    let known = answer.stx_mask & libc::STATX_DIOALIGN != 0 && answer.stx_dio_offset_align > 0;
+    known.then_some(DirectAlign {
+        offset: answer.stx_dio_offset_align,
+        memory: answer.stx_dio_mem_align,
+    })
+}
+
+/// Fills `buf` from `offset` if all of it is in the page cache.
+///
+/// `Ok(false)`: it is not, or the end of the file comes first. An error of kind
+/// `Unsupported`: this file cannot be read so.
+pub fn read_now(file: &File, buf: &mut [u8], offset: u64) -> io::Result<bool> {
+    let piece = libc::iovec {
+        iov_base: buf.as_mut_ptr().cast(),
+        iov_len: buf.len(),
+    };
+    let Ok(offset) = libc::off_t::try_from(offset) else {
+        return Ok(false);
+    };
+    // SAFETY: the iovec describes `buf`, alive and ours alone for the call.
+    let read = unsafe { libc::preadv2(file.as_raw_fd(), &piece, 1, offset, libc::RWF_NOWAIT) };
+    match usize::try_from(read) {
+        Ok(read) => Ok(read == buf.len()),
+        Err(_) => match io::Error::last_os_error() {
+            e if e.kind() == io::ErrorKind::Unsupported => Err(e),
+            _ => Ok(false),
+        },
+    }
+}
+
+mod ioctl {
+    nix::ioctl_read!(blkgetsize64, 0x12, 114, u64);
+    nix::ioctl_read_bad!(blkpbszget, libc::BLKPBSZGET, u32);
+    nix::ioctl_read_bad!(blksszget, libc::BLKSSZGET, i32);
+}
+
+/// The numbers of a block device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BlockDevice {
+    /// Its size in bytes.
+    pub bytes: u64,
+    /// The smallest unit it can address, in bytes.
+    pub logical: u32,
+    /// The smallest unit it writes without reading, in bytes.
+    pub physical: u32,
+}
+
+/// Asks a block device for its numbers.
+pub fn block_device(file: &File) -> io::Result<BlockDevice> {
+    let (mut bytes, mut physical, mut logical) = (0u64, 0u32, 0i32);
+    let fd = file.as_raw_fd();
+    // SAFETY: each request writes one number of the type given.
+    unsafe {
+        ioctl::blkgetsize64(fd, &mut bytes)?;
+        ioctl::blkpbszget(fd, &mut physical)?;
+        ioctl::blksszget(fd, &mut logical)?;
+    }
+    Ok(BlockDevice {
+        bytes,
+        logical: logical.max(512) as u32,
+        physical: physical.max(512),
+    })
+}

@@ -1,0 +1,1 @@
+//! AoE initiator.
