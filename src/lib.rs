@@ -1,6 +1,8 @@
 //! aoede: an ATA over Ethernet storage target.
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::expect_used, clippy::panic))]
 
+pub mod access;
+pub mod drive;
 pub mod net;
 #[allow(unsafe_code)]
 pub mod sys;

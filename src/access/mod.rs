@@ -1,0 +1,333 @@
+//! Who may do what: MAC masks, the reservation, the config string, and the
+//! rules by which frames change them.
+//!
+//! [`WireState`] is everything a frame can change for good. It is only ever
+//! changed in a copy; the copy becomes the state once it is on disk. [`Policy`]
+//! is what the operator said on the command line, and no frame changes it.
+
+mod text;
+
+use crate::wire::config::{Query, STRING};
+use crate::wire::mask::{Directive, Directives, LIST_MAX, MaskError};
+use crate::wire::reserve::Order;
+use crate::wire::{ErrorCode, MacAddr};
+
+pub use text::BadState;
+
+/// What frames have made of an export, kept over restarts.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct WireState {
+    /// The Query/Config string, at most 1024 bytes.
+    pub config: Vec<u8>,
+    /// The wire's mask list, at most 255; empty lets everyone in.
+    pub masks: Vec<MacAddr>,
+    /// Who holds the reservation, at most 255; empty: nobody.
+    pub reserved: Vec<MacAddr>,
+    /// Whether the write cache is on (SET FEATURES 0x02, 0x82).
+    pub write_cache: bool,
+    /// Whether SMART is enabled.
+    pub smart: bool,
+}
+
+impl Default for WireState {
+    fn default() -> WireState {
+        WireState {
+            config: Vec::new(),
+            masks: Vec::new(),
+            reserved: Vec::new(),
+            write_cache: true,
+            smart: true,
+        }
+    }
+}
+
+/// What the operator allows.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Policy {
+    /// The outer wall (`-m`): no frame widens it; empty lets everyone in.
+    pub masks: Vec<MacAddr>,
+    /// Whether frames may not set the config string.
+    pub deny_config: bool,
+    /// Whether frames may not edit the masks.
+    pub deny_mask: bool,
+    /// Whether frames may not reserve or release.
+    pub deny_reserve: bool,
+}
+
+/// What to say to a request that may change the state.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    /// Nothing.
+    Silence,
+    /// The ordinary answer.
+    Answer,
+    /// An error.
+    Refuse(ErrorCode),
+}
+
+/// Whether frames of this sender are heard: it must be on each list that is not
+/// empty (AoEr11 2.5; the outer wall is ours).
+pub fn admits(policy: &Policy, state: &WireState, source: MacAddr) -> bool {
+    let on = |list: &[MacAddr]| list.is_empty() || list.contains(&source);
+    on(&policy.masks) && on(&state.masks)
+}
+
+/// Whether this sender may use the disk while there is a reservation.
+pub fn may_use(state: &WireState, source: MacAddr) -> bool {
+    state.reserved.is_empty() || state.reserved.contains(&source)
+}
+
+/// Carries out a Query/Config request. `longest` is the length of the longest
+/// frame that any NIC of the export can send: a string that no reply could hold
+/// is refused.
+pub fn query(state: &mut WireState, policy: &Policy, query: &Query, longest: usize) -> Verdict {
+    const BAD: Verdict = Verdict::Refuse(ErrorCode::BadArgument);
+    let answer_if = |yes| {
+        if yes {
+            Verdict::Answer
+        } else {
+            Verdict::Silence
+        }
+    };
+    let (new, may) = match *query {
+        Query::Read => return Verdict::Answer,
+        Query::Test(string) => return answer_if(string == Some(&state.config)),
+        Query::Prefix(string) => {
+            return answer_if(string.is_some_and(|s| state.config.starts_with(s)));
+        }
+        Query::Set(Some(new)) if state.config.is_empty() || state.config == new => {
+            (new, Verdict::Answer)
+        }
+        Query::Set(Some(new)) => (new, Verdict::Refuse(ErrorCode::ConfigStringSet)),
+        Query::ForceSet(Some(new)) => (new, Verdict::Answer),
+        Query::Replace(Some((old, new))) => (new, answer_if(state.config == old)),
+        Query::Set(None) | Query::ForceSet(None) | Query::Replace(None) | Query::Other => {
+            return BAD;
+        }
+    };
+    if policy.deny_config || STRING + new.len() > longest {
+        return BAD;
+    }
+    if may == Verdict::Answer && state.config != new {
+        state.config = new.to_vec();
+    }
+    may
+}
+
+/// Carries out mask directives in order, up to the first bad one: its index and
+/// what is wrong with it. `room` is the most entries a reply can list.
+pub fn edit_masks(
+    state: &mut WireState,
+    policy: &Policy,
+    directives: Directives,
+    room: usize,
+) -> Result<(), (u8, MaskError)> {
+    for (index, directive) in directives.iter().enumerate() {
+        let list = &mut state.masks;
+        let outcome = match directive {
+            Directive::Nothing => Ok(()),
+            Directive::Unknown => Err(MaskError::BadDirective),
+            Directive::Delete(mac) => {
+                list.retain(|other| *other != mac);
+                Ok(())
+            }
+            Directive::Add(mac) if list.contains(&mac) => Ok(()),
+            // A group address never sends, so it would only shut others out.
+            Directive::Add(mac) if mac.is_group() => Err(MaskError::Unspecified),
+            Directive::Add(mac) if !policy.masks.is_empty() && !policy.masks.contains(&mac) => {
+                Err(MaskError::Unspecified)
+            }
+            Directive::Add(_) if list.len() >= room.min(LIST_MAX) => Err(MaskError::ListFull),
+            Directive::Add(mac) => {
+                list.push(mac);
+                Ok(())
+            }
+        };
+        outcome.map_err(|error| (index as u8, error))?;
+    }
+    Ok(())
+}
+
+/// Carries out a Reserve/Release request of `asker`.
+pub fn reserve(state: &mut WireState, policy: &Policy, order: &Order, asker: MacAddr) -> Verdict {
+    let macs = match *order {
+        Order::Read => return Verdict::Answer,
+        Order::Bad => return Verdict::Refuse(ErrorCode::BadArgument),
+        Order::Set(_) | Order::ForceSet(_) if policy.deny_reserve => {
+            return Verdict::Refuse(ErrorCode::BadArgument);
+        }
+        Order::Set(_) if !may_use(state, asker) => {
+            return Verdict::Refuse(ErrorCode::TargetReserved);
+        }
+        Order::Set(macs) | Order::ForceSet(macs) => macs,
+    };
+    state.reserved = macs.iter().collect();
+    Verdict::Answer
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::wire::{Command, Request};
+
+    const A: MacAddr = MacAddr([2, 0, 0, 0, 0, 0xA]);
+    const B: MacAddr = MacAddr([2, 0, 0, 0, 0, 0xB]);
+    const C: MacAddr = MacAddr([2, 0, 0, 0, 0, 0xC]);
+
+    fn state(config: &[u8]) -> WireState {
+        WireState {
+            config: config.to_vec(),
+            ..WireState::default()
+        }
+    }
+
+    /// The directives of a mask edit frame.
+    fn edit(
+        state: &mut WireState,
+        policy: &Policy,
+        dirs: &[(u8, MacAddr)],
+        room: usize,
+    ) -> Result<(), (u8, MaskError)> {
+        let mut frame = vec![0; 28];
+        frame[12..15].copy_from_slice(&[0x88, 0xA2, 0x10]);
+        frame[19] = 2;
+        frame[25] = 1;
+        frame[27] = dirs.len() as u8;
+        for (cmd, mac) in dirs {
+            frame.extend_from_slice(&[0, *cmd]);
+            frame.extend_from_slice(&mac.0);
+        }
+        let request = Request::parse(&frame).unwrap();
+        let Command::Mask(crate::wire::mask::Edit::Edit(d)) = request.command else {
+            panic!()
+        };
+        edit_masks(state, policy, d, room)
+    }
+
+    #[test]
+    fn config_subcommands_follow_the_table() {
+        let free = Policy::default();
+        let ask = |state: &mut WireState, q: Query| query(state, &free, &q, 1514);
+        let mut s = state(b"");
+        assert_eq!(ask(&mut s, Query::Test(Some(b""))), Verdict::Answer);
+        assert_eq!(ask(&mut s, Query::Set(Some(b"one"))), Verdict::Answer);
+        assert_eq!(s.config, b"one");
+        assert_eq!(ask(&mut s, Query::Set(Some(b"one"))), Verdict::Answer);
+        let taken = Verdict::Refuse(ErrorCode::ConfigStringSet);
+        assert_eq!(ask(&mut s, Query::Set(Some(b"two"))), taken);
+        assert_eq!(s.config, b"one");
+        assert_eq!(ask(&mut s, Query::Test(Some(b"on"))), Verdict::Silence);
+        assert_eq!(ask(&mut s, Query::Test(None)), Verdict::Silence);
+        assert_eq!(ask(&mut s, Query::Prefix(Some(b"on"))), Verdict::Answer);
+        assert_eq!(ask(&mut s, Query::Prefix(Some(b""))), Verdict::Answer);
+        assert_eq!(
+            ask(&mut s, Query::Prefix(Some(b"one more"))),
+            Verdict::Silence
+        );
+        assert_eq!(ask(&mut s, Query::Prefix(None)), Verdict::Silence);
+        assert_eq!(
+            ask(&mut s, Query::Replace(Some((b"no", b"x")))),
+            Verdict::Silence
+        );
+        assert_eq!(
+            ask(&mut s, Query::Replace(Some((b"one", b"two")))),
+            Verdict::Answer
+        );
+        assert_eq!(s.config, b"two");
+        assert_eq!(ask(&mut s, Query::ForceSet(Some(b""))), Verdict::Answer);
+        assert_eq!(s.config, b"");
+        let bad = Verdict::Refuse(ErrorCode::BadArgument);
+        for q in [
+            Query::Set(None),
+            Query::ForceSet(None),
+            Query::Replace(None),
+            Query::Other,
+        ] {
+            assert_eq!(ask(&mut s, q), bad);
+        }
+    }
+
+    #[test]
+    fn a_string_that_no_reply_could_hold_is_not_set() {
+        let mut s = state(b"");
+        let q = Query::ForceSet(Some(&[b'x'; 600]));
+        let bad = Verdict::Refuse(ErrorCode::BadArgument);
+        assert_eq!(query(&mut s, &Policy::default(), &q, 631), bad);
+        assert_eq!(s.config, b"");
+        assert_eq!(query(&mut s, &Policy::default(), &q, 632), Verdict::Answer);
+    }
+
+    #[test]
+    fn masks_are_edited_up_to_the_first_bad_directive() {
+        let free = Policy::default();
+        let mut s = state(b"");
+        assert_eq!(
+            edit(&mut s, &free, &[(1, A), (1, B), (1, C), (1, A)], 255),
+            Ok(())
+        );
+        assert_eq!(s.masks, [A, B, C]);
+        // AoEde's third add overwrote the first, and a delete was its end.
+        assert_eq!(edit(&mut s, &free, &[(2, B), (2, B), (0, B)], 255), Ok(()));
+        assert_eq!(s.masks, [A, C]);
+        let bad = Err((1, MaskError::BadDirective));
+        assert_eq!(edit(&mut s, &free, &[(2, A), (9, A), (2, C)], 255), bad);
+        assert_eq!(s.masks, [C]);
+        let full = Err((1, MaskError::ListFull));
+        assert_eq!(edit(&mut s, &free, &[(1, A), (1, B)], 2), full);
+        let group = Err((0, MaskError::Unspecified));
+        assert_eq!(edit(&mut s, &free, &[(1, MacAddr::BROADCAST)], 255), group);
+    }
+
+    #[test]
+    fn the_operators_list_is_the_outer_wall() {
+        let wall = Policy {
+            masks: vec![A, B],
+            ..Policy::default()
+        };
+        let mut s = state(b"");
+        assert!(admits(&wall, &s, A) && admits(&wall, &s, B) && !admits(&wall, &s, C));
+        assert_eq!(
+            edit(&mut s, &wall, &[(1, C)], 255),
+            Err((0, MaskError::Unspecified))
+        );
+        assert_eq!(edit(&mut s, &wall, &[(1, B)], 255), Ok(()));
+        assert!(!admits(&wall, &s, A) && admits(&wall, &s, B) && !admits(&wall, &s, C));
+    }
+
+    #[test]
+    fn a_reservation_is_kept_by_its_holders_and_broken_by_force() {
+        fn order(code: u8, macs: &[MacAddr]) -> Vec<u8> {
+            let mut frame = vec![0; 26];
+            frame[12..15].copy_from_slice(&[0x88, 0xA2, 0x10]);
+            frame[19] = 3;
+            frame[24] = code;
+            frame[25] = macs.len() as u8;
+            macs.iter().for_each(|m| frame.extend_from_slice(&m.0));
+            frame
+        }
+        let go = |s: &mut WireState, policy: &Policy, frame: Vec<u8>, asker| {
+            let request = Request::parse(&frame).unwrap();
+            let Command::Reserve(order) = request.command else {
+                panic!()
+            };
+            reserve(s, policy, &order, asker)
+        };
+        let free = Policy::default();
+        let mut s = state(b"");
+        assert_eq!(go(&mut s, &free, order(1, &[A, B]), A), Verdict::Answer);
+        let held = Verdict::Refuse(ErrorCode::TargetReserved);
+        assert_eq!(go(&mut s, &free, order(1, &[C]), C), held);
+        assert_eq!(go(&mut s, &free, order(1, &[]), C), held);
+        assert!(may_use(&s, A) && may_use(&s, B) && !may_use(&s, C));
+        assert_eq!(go(&mut s, &free, order(2, &[C]), C), Verdict::Answer);
+        assert_eq!(go(&mut s, &free, order(1, &[]), C), Verdict::Answer);
+        assert_eq!(s.reserved, []);
+        let deny = Policy {
+            deny_reserve: true,
+            ..Policy::default()
+        };
+        let bad = Verdict::Refuse(ErrorCode::BadArgument);
+        assert_eq!(go(&mut s, &deny, order(2, &[C]), C), bad);
+        assert_eq!(go(&mut s, &deny, order(0, &[]), C), Verdict::Answer);
+    }
+}
