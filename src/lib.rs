@@ -4,6 +4,7 @@
 pub mod access;
 pub mod drive;
 pub mod net;
+pub mod store;
 #[allow(unsafe_code)]
 pub mod sys;
 pub mod wire;

@@ -1,0 +1,236 @@
+//! The seam between a volume, which orders, and an engine, which does.
+
+use std::fmt;
+use std::io;
+use std::os::fd::BorrowedFd;
+use std::sync::Arc;
+
+use shadow::BlockFile;
+
+use super::align;
+use super::state::StateFile;
+use crate::sys::buffer::{Buf, BufSlice};
+
+/// Which job, in the volume's own numbering.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct JobId(pub u32);
+
+/// What an engine works on: a file, and what files can do beyond bytes.
+pub trait Backing: BlockFile {
+    /// Fills `buf` if that needs no waiting; `false` if it would.
+    fn read_now(&self, _buf: &mut [u8], _offset: u64) -> bool {
+        false
+    }
+
+    /// Makes these bytes zeros and gives their room back.
+    fn discard(&self, _offset: u64, _len: u64) -> io::Result<()> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
+
+    /// Offsets and lengths of reads and writes must be multiples of this.
+    fn align(&self) -> usize {
+        1
+    }
+
+    /// What to call it in messages.
+    fn name(&self) -> String {
+        "memory".into()
+    }
+}
+
+impl Backing for shadow::MemoryFile {
+    fn read_now(&self, buf: &mut [u8], offset: u64) -> bool {
+        self.read_at(buf, offset).is_ok()
+    }
+
+    fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
+        self.write_at(&vec![0; len as usize], offset)
+    }
+}
+
+/// One piece of work. A buffer travels with its job and comes back with it.
+#[derive(Debug)]
+pub enum Job {
+    /// Reads `len` bytes at `at` into the buffer, which has an alignment's room
+    /// to spare on both sides.
+    Read {
+        /// Offset in the backing.
+        at: u64,
+        /// How many bytes.
+        len: usize,
+        /// Where they go.
+        buf: Buf,
+    },
+    /// Writes the slice at `at`; it begins in its buffer where `at` lies in its
+    /// aligned block, with room to spare behind.
+    Write {
+        /// Offset in the backing.
+        at: u64,
+        /// The data.
+        data: BufSlice,
+    },
+    /// Reads and forgets.
+    Verify {
+        /// Offset in the backing.
+        at: u64,
+        /// How many bytes.
+        len: usize,
+    },
+    /// Discards ranges of (offset, length).
+    Discard(Vec<(u64, u64)>),
+    /// Everything written before to stable storage.
+    Sync,
+    /// Saves the state an export has from the wire.
+    Save {
+        /// Where.
+        file: Arc<StateFile>,
+        /// What.
+        text: String,
+    },
+}
+
+/// What kind of job a result belongs to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum JobKind {
+    /// [`Job::Read`] or [`Job::Verify`].
+    Read,
+    /// [`Job::Write`] or [`Job::Discard`].
+    Write,
+    /// [`Job::Sync`].
+    Sync,
+    /// [`Job::Save`].
+    Save,
+}
+
+/// A job that ended.
+#[derive(Debug)]
+pub struct Done {
+    /// Which.
+    pub id: JobId,
+    /// The buffer it had: of a read the data, of anything else to be used again.
+    pub data: Option<BufSlice>,
+    /// How it went.
+    pub result: Result<(), DiskError>,
+}
+
+/// Why a job failed, in words for the log.
+#[derive(Debug)]
+pub struct DiskError {
+    /// The kind of job.
+    pub kind: JobKind,
+    /// On what.
+    pub name: String,
+    /// At which byte, where that means something.
+    pub offset: Option<u64>,
+    /// Why.
+    pub source: io::Error,
+}
+
+impl fmt::Display for DiskError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let what = match self.kind {
+            JobKind::Read => "reading",
+            JobKind::Write => "writing",
+            JobKind::Sync => "syncing",
+            JobKind::Save => "saving",
+        };
+        write!(f, "{what} {}", self.name)?;
+        if let Some(offset) = self.offset {
+            write!(f, " at byte {offset}")?;
+        }
+        write!(f, ": {}", self.source)
+    }
+}
+
+impl std::error::Error for DiskError {}
+
+/// An engine that does jobs. Jobs that are under way together may end in any
+/// order.
+pub trait Disk {
+    /// Takes a job.
+    fn submit(&mut self, id: JobId, job: Job);
+    /// A job that ended, if one has.
+    fn reap(&mut self) -> Option<Done>;
+    /// A read answered from memory, or `false` at once.
+    fn try_now(&self, buf: &mut [u8], offset: u64) -> bool;
+    /// Becomes readable when jobs have ended; `None` if they end in `submit`.
+    fn wake_fd(&self) -> Option<BorrowedFd<'_>>;
+    /// Whether a look at [`reap`](Disk::reap) is worth it; costs nothing.
+    fn has_done(&self) -> bool;
+}
+
+impl Job {
+    /// Does the job, on whatever thread this is.
+    pub(super) fn run(self, id: JobId, backing: &dyn Backing) -> Done {
+        let fail = |kind, offset, result: io::Result<()>| {
+            result.map_err(|source| DiskError {
+                kind,
+                name: backing.name(),
+                offset,
+                source,
+            })
+        };
+        match self {
+            Job::Read { at, len, mut buf } => {
+                let (range, result) = match align::read(backing, at, len, &mut buf) {
+                    Ok(range) => (range, Ok(())),
+                    Err(e) => (0..0, Err(e)),
+                };
+                let data = Some(BufSlice { buf, range });
+                Done {
+                    id,
+                    data,
+                    result: fail(JobKind::Read, Some(at), result),
+                }
+            }
+            Job::Write { at, mut data } => {
+                let result = align::write(backing, at, &mut data);
+                Done {
+                    id,
+                    data: Some(data),
+                    result: fail(JobKind::Write, Some(at), result),
+                }
+            }
+            Job::Verify { at, len } => {
+                let result = align::verify(backing, at, len);
+                Done {
+                    id,
+                    data: None,
+                    result: fail(JobKind::Read, Some(at), result),
+                }
+            }
+            Job::Discard(ranges) => {
+                let bad = ranges
+                    .iter()
+                    .find_map(|&(at, len)| align::discard(backing, at, len).err().map(|e| (at, e)));
+                let result = match bad {
+                    Some((at, e)) => fail(JobKind::Write, Some(at), Err(e)),
+                    None => Ok(()),
+                };
+                Done {
+                    id,
+                    data: None,
+                    result,
+                }
+            }
+            Job::Sync => Done {
+                id,
+                data: None,
+                result: fail(JobKind::Sync, None, backing.sync()),
+            },
+            Job::Save { file, text } => {
+                let result = file.save(&text).map_err(|e| DiskError {
+                    kind: JobKind::Save,
+                    name: e.path.display().to_string(),
+                    offset: None,
+                    source: e.source,
+                });
+                Done {
+                    id,
+                    data: None,
+                    result,
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,581 @@
+//! The image: a file or block device, opened, locked and measured.
+
+use std::fmt;
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use nix::fcntl::{FallocateFlags, FcntlArg, fallocate, fcntl};
+use shadow::{BlockFile, SECTOR};
+
+use super::disk::Backing;
+use super::volume::Bounds;
+use crate::sys::file::{block_device, direct_align, read_now};
+
+/// How long a lock that someone still holds is asked for again: io_uring may
+/// keep a dead process's file open for a moment.
+const LOCK_PATIENCE: Duration = Duration::from_secs(2);
+const LOCK_RETRY: Duration = Duration::from_millis(20);
+/// Alignment of direct I/O where the kernel does not tell it.
+const DIRECT_DEFAULT: u32 = 4096;
+
+/// Which sectors of the image are exported.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Window {
+    /// The first, in sectors of 512 bytes (`-o`).
+    pub offset: u64,
+    /// How many (`-l`); otherwise all to the end.
+    pub length: Option<u64>,
+}
+
+/// An image to be made where there is none.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Create {
+    /// Its size in bytes, a multiple of 512.
+    pub bytes: u64,
+    /// Whether its room is allocated at once; otherwise it is sparse.
+    pub prealloc: bool,
+}
+
+/// What is to be opened, and how.
+#[derive(Clone, Debug)]
+pub struct ImageOptions {
+    /// Where it is.
+    pub path: PathBuf,
+    /// Makes it if it is not there.
+    pub create: Option<Create>,
+    /// Past the page cache.
+    pub direct: bool,
+    /// Never written.
+    pub read_only: bool,
+    /// What part of it.
+    pub window: Window,
+}
+
+/// Why an image cannot be served.
+#[derive(Debug)]
+pub struct ImageError {
+    /// The image.
+    pub path: PathBuf,
+    /// Why.
+    pub why: ImageTrouble,
+}
+
+/// What is wrong with an image.
+#[derive(Debug)]
+pub enum ImageTrouble {
+    /// It is not there.
+    Missing,
+    /// It is neither a file nor a block device.
+    NotADisk,
+    /// Not one sector.
+    Empty,
+    /// The window leads past its end; how many sectors it has.
+    WindowPastEnd(u64),
+    /// The window has no sectors.
+    WindowEmpty,
+    /// Its bounds are not those direct I/O needs, in bytes.
+    Unaligned(u64),
+    /// Its filesystem knows no direct I/O.
+    NoDirect,
+    /// Another process has it locked.
+    Locked,
+    /// The block device is in use.
+    Busy,
+    /// A system call failed, and which.
+    System(&'static str, io::Error),
+}
+
+impl fmt::Display for ImageError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "image {}: ", self.path.display())?;
+        match &self.why {
+            ImageTrouble::Missing => {
+                f.write_str("there is none; correct the path or make one with --create SIZE")
+            }
+            ImageTrouble::NotADisk => {
+                f.write_str("is neither a regular file nor a block device; give one of these")
+            }
+            ImageTrouble::Empty => {
+                f.write_str("holds no sector; give it a size, as with 'truncate -s 1G'")
+            }
+            ImageTrouble::WindowPastEnd(sectors) => {
+                write!(
+                    f,
+                    "the window leads past its {sectors} sectors; lower -o or -l"
+                )
+            }
+            ImageTrouble::WindowEmpty => f.write_str("the window is empty; raise -l"),
+            ImageTrouble::Unaligned(align) => write!(
+                f,
+                "direct I/O here needs start and end at multiples of {align} bytes; \
+                 change -o and -l or the size, or leave out -d"
+            ),
+            ImageTrouble::NoDirect => {
+                f.write_str("its filesystem cannot do direct I/O; leave out -d")
+            }
+            ImageTrouble::Locked => f.write_str(
+                "another process serves it or a part of this window; stop that one, \
+                 or give another window with -o and -l",
+            ),
+            ImageTrouble::Busy => {
+                f.write_str("the device is in use (mounted, or part of another); free it first")
+            }
+            ImageTrouble::System(what, e) => write!(f, "{what}: {e}"),
+        }
+    }
+}
+
+impl std::error::Error for ImageError {}
+
+/// An open image. One open file description carries its lock and its I/O.
+#[derive(Debug)]
+pub struct Image {
+    file: File,
+    path: PathBuf,
+    window: Window,
+    is_device: bool,
+    align: u32,
+    direct: bool,
+    physical: u64,
+    can_discard: bool,
+    identity: u64,
+}
+
+impl Image {
+    /// Opens, locks and looks at an image; makes it first if it is not there
+    /// and that was asked for.
+    pub fn open(options: &ImageOptions) -> Result<Image, ImageError> {
+        let path = options.path.clone();
+        let fail = |why| ImageError {
+            path: path.clone(),
+            why,
+        };
+        Image::try_open(options).map_err(fail)
+    }
+
+    fn try_open(options: &ImageOptions) -> Result<Image, ImageTrouble> {
+        let step = |what| move |e| ImageTrouble::System(what, e);
+        let kind = match std::fs::metadata(&options.path) {
+            Ok(metadata) => metadata.file_type(),
+            Err(e) if e.kind() == io::ErrorKind::NotFound => {
+                let create = options.create.ok_or(ImageTrouble::Missing)?;
+                make(&options.path, create).map_err(step("making it"))?;
+                std::fs::metadata(&options.path)
+                    .map_err(step("looking at it"))?
+                    .file_type()
+            }
+            Err(e) => return Err(ImageTrouble::System("looking at it", e)),
+        };
+        let is_device = kind.is_block_device();
+        if !is_device && !kind.is_file() {
+            return Err(ImageTrouble::NotADisk);
+        }
+        let file = patiently(|| open(options, is_device))?;
+        patiently(|| lock(&file, options))?;
+
+        let metadata = file.metadata().map_err(step("looking at it"))?;
+        let device = is_device.then(|| block_device(&file)).transpose();
+        let device = device.map_err(step("asking the device"))?;
+        let physical = match device {
+            Some(device) => u64::from(device.physical),
+            None => metadata.blksize(),
+        };
+        let told = direct_align(&file).map(|align| align.offset);
+        let align = match (options.direct, device) {
+            (false, _) => 1,
+            (true, Some(device)) => told.unwrap_or(device.logical),
+            (true, None) => told.unwrap_or(DIRECT_DEFAULT),
+        };
+        let mut image = Image {
+            file,
+            path: options.path.clone(),
+            window: options.window,
+            is_device,
+            align,
+            direct: options.direct,
+            physical: if physical.is_power_of_two() {
+                physical.clamp(512, 1 << 20)
+            } else {
+                512
+            },
+            can_discard: false,
+            identity: identity(&metadata, is_device, options.window),
+        };
+        image.bounds()?;
+        image.can_discard = !options.read_only && image.probe_discard();
+        Ok(image)
+    }
+
+    /// What the export is now: where it begins and how many sectors it has. The
+    /// file may have grown or shrunk since the last look.
+    pub fn bounds(&self) -> Result<Bounds, ImageTrouble> {
+        let sectors = self
+            .bytes()
+            .map_err(|e| ImageTrouble::System("measuring it", e))?
+            / SECTOR;
+        if sectors == 0 {
+            return Err(ImageTrouble::Empty);
+        }
+        let past = ImageTrouble::WindowPastEnd(sectors);
+        let Some(rest) = sectors.checked_sub(self.window.offset) else {
+            return Err(past);
+        };
+        let length = self.window.length.unwrap_or(rest);
+        if length > rest {
+            return Err(past);
+        }
+        if length == 0 {
+            return Err(ImageTrouble::WindowEmpty);
+        }
+        let bounds = Bounds {
+            start: self.window.offset * SECTOR,
+            sectors: length,
+        };
+        let align = u64::from(self.align);
+        if bounds.start % align != 0 || (length * SECTOR) % align != 0 {
+            return Err(ImageTrouble::Unaligned(align));
+        }
+        Ok(bounds)
+    }
+
+    /// Bytes at the end that make no whole sector, and are not served.
+    pub fn cut_off(&self) -> u64 {
+        self.bytes().map_or(0, |bytes| bytes % SECTOR)
+    }
+
+    /// The size of the backing's physical block as a power of two of sectors,
+    /// and at which sector of one the export begins.
+    pub fn physical_block(&self) -> (u8, u16) {
+        let sectors = self.physical / SECTOR;
+        (
+            sectors.trailing_zeros() as u8,
+            (self.window.offset % sectors) as u16,
+        )
+    }
+
+    /// Whether discarding works.
+    pub fn can_discard(&self) -> bool {
+        self.can_discard
+    }
+
+    /// A number that this image and window have and hardly any other, the same
+    /// at every start as long as the file is the same one.
+    pub fn identity(&self) -> u64 {
+        self.identity
+    }
+
+    fn bytes(&self) -> io::Result<u64> {
+        if self.is_device {
+            Ok(block_device(&self.file)?.bytes)
+        } else {
+            Ok(self.file.metadata()?.len())
+        }
+    }
+
+    /// Tries a discard where it changes nothing: behind the end of a file. A
+    /// device says in sysfs whether it can.
+    fn probe_discard(&self) -> bool {
+        let Ok(metadata) = self.file.metadata() else {
+            return false;
+        };
+        if self.is_device {
+            let (major, minor) = (libc::major(metadata.rdev()), libc::minor(metadata.rdev()));
+            let node = format!("/sys/dev/block/{major}:{minor}");
+            return ["queue", "../queue"].iter().any(|queue| {
+                std::fs::read_to_string(format!("{node}/{queue}/discard_max_bytes"))
+                    .is_ok_and(|text| text.trim().parse::<u64>().is_ok_and(|max| max > 0))
+            });
+        }
+        const BLOCK: u64 = 1 << 20;
+        let behind = metadata.len().next_multiple_of(BLOCK);
+        self.punch(behind, BLOCK, FallocateFlags::FALLOC_FL_PUNCH_HOLE)
+            .is_ok()
+    }
+
+    fn punch(&self, offset: u64, len: u64, how: FallocateFlags) -> io::Result<()> {
+        let flags = how | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+        Ok(fallocate(&self.file, flags, offset as i64, len as i64)?)
+    }
+}
+
+impl BlockFile for Image {
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
+        self.file.read_exact_at(buf, offset)
+    }
+
+    fn write_at(&self, data: &[u8], offset: u64) -> io::Result<()> {
+        self.file.write_all_at(data, offset)
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        self.file.sync_data()
+    }
+}
+
+impl Backing for Image {
+    fn read_now(&self, buf: &mut [u8], offset: u64) -> bool {
+        !self.direct && read_now(&self.file, buf, offset).unwrap_or(false)
+    }
+
+    fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
+        match self.punch(offset, len, FallocateFlags::FALLOC_FL_PUNCH_HOLE) {
+            // What was announced is zeros; a device that cannot unmap this
+            // range can still write them.
+            Err(e) if e.kind() == io::ErrorKind::Unsupported => {
+                self.punch(offset, len, FallocateFlags::FALLOC_FL_ZERO_RANGE)
+            }
+            result => result,
+        }
+    }
+
+    fn align(&self) -> usize {
+        self.align as usize
+    }
+
+    fn name(&self) -> String {
+        format!("image {}", self.path.display())
+    }
+}
+
+/// Does it again while someone holds what we need, up to [`LOCK_PATIENCE`].
+fn patiently<T>(mut f: impl FnMut() -> Result<T, ImageTrouble>) -> Result<T, ImageTrouble> {
+    let deadline = Instant::now() + LOCK_PATIENCE;
+    loop {
+        match f() {
+            Err(ImageTrouble::Locked | ImageTrouble::Busy) if Instant::now() < deadline => {
+                std::thread::sleep(LOCK_RETRY);
+            }
+            result => return result,
+        }
+    }
+}
+
+fn open(options: &ImageOptions, is_device: bool) -> Result<File, ImageTrouble> {
+    let mut flags = 0;
+    if options.direct {
+        flags |= libc::O_DIRECT;
+    }
+    if is_device && !options.read_only {
+        // For a block device, without O_CREAT: fails while it is mounted.
+        flags |= libc::O_EXCL;
+    }
+    let mut how = OpenOptions::new();
+    how.read(true).write(!options.read_only).custom_flags(flags);
+    how.open(&options.path).map_err(|e| match e.raw_os_error() {
+        Some(libc::EBUSY) if is_device => ImageTrouble::Busy,
+        Some(libc::EINVAL) if options.direct => ImageTrouble::NoDirect,
+        _ => ImageTrouble::System("opening it", e),
+    })
+}
+
+/// Locks the bytes of the window, shared if they are only read. The lock
+/// belongs to the open file description: it goes with it, and only with it.
+fn lock(file: &File, options: &ImageOptions) -> Result<(), ImageTrouble> {
+    let byte = |sectors: u64| {
+        let bytes = sectors
+            .checked_mul(SECTOR)
+            .and_then(|b| i64::try_from(b).ok());
+        bytes.ok_or(ImageTrouble::WindowPastEnd(i64::MAX as u64 / SECTOR))
+    };
+    let lock = libc::flock {
+        l_type: if options.read_only {
+            libc::F_RDLCK
+        } else {
+            libc::F_WRLCK
+        } as i16,
+        l_whence: libc::SEEK_SET as i16,
+        l_start: byte(options.window.offset)?,
+        // 0 is to the end, wherever that will be.
+        l_len: byte(options.window.length.unwrap_or(0))?,
+        l_pid: 0,
+    };
+    fcntl(file, FcntlArg::F_OFD_SETLK(&lock))
+        .map(drop)
+        .map_err(|errno| match errno {
+            nix::Error::EAGAIN | nix::Error::EACCES => ImageTrouble::Locked,
+            errno => ImageTrouble::System("locking it", errno.into()),
+        })
+}
+
+/// Makes an image; leaves nothing behind if that fails.
+fn make(path: &Path, create: Create) -> io::Result<()> {
+    let file = File::options().write(true).create_new(true).open(path)?;
+    let filled = if create.prealloc {
+        fallocate(&file, FallocateFlags::empty(), 0, create.bytes as i64).map_err(io::Error::from)
+    } else {
+        file.set_len(create.bytes)
+    };
+    filled.and_then(|()| file.sync_all()).inspect_err(|_| {
+        // The first error is the one to tell.
+        let _ = std::fs::remove_file(path);
+    })
+}
+
+fn identity(metadata: &std::fs::Metadata, is_device: bool, window: Window) -> u64 {
+    let (a, b) = if is_device {
+        (metadata.rdev(), 0)
+    } else {
+        (metadata.dev(), metadata.ino())
+    };
+    let crc = crc::Crc::<u64>::new(&crc::CRC_64_XZ);
+    let mut digest = crc.digest();
+    for number in [a, b, window.offset] {
+        digest.update(&number.to_le_bytes());
+    }
+    digest.finalize()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn options(path: &Path) -> ImageOptions {
+        ImageOptions {
+            path: path.to_owned(),
+            create: None,
+            direct: false,
+            read_only: false,
+            window: Window::default(),
+        }
+    }
+
+    fn image_of(bytes: u64) -> tempfile::NamedTempFile {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        file.as_file().set_len(bytes).unwrap();
+        file
+    }
+
+    #[test]
+    fn a_window_is_held_to_the_image() {
+        let file = image_of(10 * 512 + 100);
+        let open = |offset, length| {
+            let window = Window { offset, length };
+            Image::open(&ImageOptions {
+                window,
+                ..options(file.path())
+            })
+        };
+        let image = open(0, None).unwrap();
+        assert_eq!(
+            image.bounds().unwrap(),
+            Bounds {
+                start: 0,
+                sectors: 10
+            }
+        );
+        assert_eq!(image.cut_off(), 100);
+        drop(image);
+        let bounds = open(4, Some(6)).unwrap().bounds().unwrap();
+        assert_eq!(
+            bounds,
+            Bounds {
+                start: 2048,
+                sectors: 6
+            }
+        );
+        for (offset, length) in [
+            (4, Some(7)),
+            (11, None),
+            (u64::MAX / 512, None),
+            (0, Some(u64::MAX)),
+            (u64::MAX, Some(1)),
+        ] {
+            let error = open(offset, length).unwrap_err();
+            assert!(
+                matches!(error.why, ImageTrouble::WindowPastEnd(_)),
+                "{offset} {error}"
+            );
+        }
+        assert!(matches!(
+            open(10, None).unwrap_err().why,
+            ImageTrouble::WindowEmpty
+        ));
+    }
+
+    #[test]
+    fn windows_that_overlap_exclude_each_other_and_others_do_not() {
+        let file = image_of(100 * 512);
+        let open = |offset, length, read_only| {
+            let window = Window { offset, length };
+            Image::open(&ImageOptions {
+                window,
+                read_only,
+                ..options(file.path())
+            })
+        };
+        let _low = open(0, Some(50), false).unwrap();
+        let _high = open(50, None, true).unwrap();
+        let _shared = open(60, Some(1), true).unwrap();
+        let error = open(49, Some(2), false).unwrap_err();
+        assert!(matches!(error.why, ImageTrouble::Locked), "{error}");
+    }
+
+    #[test]
+    fn an_image_is_made_only_when_asked_and_missing() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("new.img");
+        let error = Image::open(&options(&path)).unwrap_err();
+        assert!(matches!(error.why, ImageTrouble::Missing));
+        let create = Some(Create {
+            bytes: 1 << 20,
+            prealloc: false,
+        });
+        let made = Image::open(&ImageOptions {
+            create,
+            ..options(&path)
+        })
+        .unwrap();
+        assert_eq!(made.bounds().unwrap().sectors, 2048);
+        assert_eq!(std::fs::metadata(&path).unwrap().blocks(), 0);
+        drop(made);
+        let other = Some(Create {
+            bytes: 512,
+            prealloc: true,
+        });
+        let kept = Image::open(&ImageOptions {
+            create: other,
+            ..options(&path)
+        })
+        .unwrap();
+        assert_eq!(kept.bounds().unwrap().sectors, 2048);
+        let path = dir.path().join("full.img");
+        drop(
+            Image::open(&ImageOptions {
+                create: other,
+                ..options(&path)
+            })
+            .unwrap(),
+        );
+        assert!(std::fs::metadata(&path).unwrap().blocks() > 0);
+    }
+
+    #[test]
+    fn what_is_no_disk_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let error = Image::open(&options(dir.path())).unwrap_err();
+        assert!(matches!(error.why, ImageTrouble::NotADisk));
+        let empty = image_of(511);
+        let error = Image::open(&options(empty.path())).unwrap_err();
+        assert!(matches!(error.why, ImageTrouble::Empty));
+        assert!(error.to_string().contains("truncate"), "{error}");
+    }
+
+    #[test]
+    fn a_discard_reads_back_as_zeros() {
+        let file = image_of(64 * 1024);
+        let image = Image::open(&options(file.path())).unwrap();
+        image.write_at(&[7; 65536], 0).unwrap();
+        if !image.can_discard() {
+            return; // The filesystem of the temporary directory decides.
+        }
+        image.discard(1024, 8192).unwrap();
+        let mut buf = [1; 10240];
+        image.read_at(&mut buf, 0).unwrap();
+        assert!(buf[..1024].iter().all(|b| *b == 7));
+        assert!(buf[1024..9216].iter().all(|b| *b == 0));
+        assert!(buf[9216..].iter().all(|b| *b == 7));
+    }
+}
