@@ -50,6 +50,11 @@ impl<'a> Order<'a> {
     }
 }
 
+/// The length of an answer that lists so many addresses.
+pub fn length(entries: usize) -> usize {
+    MACS + MAC * entries
+}
+
 /// Writes an answer with a list behind its header; returns its length.
 ///
 /// At most 255 entries; `head` holds them all.
@@ -59,7 +64,7 @@ pub fn emit(head: &mut [u8], rcmd: u8, list: &[MacAddr]) -> usize {
     for (slot, mac) in head[MACS..].chunks_exact_mut(MAC).zip(list) {
         slot.copy_from_slice(&mac.0);
     }
-    MACS + MAC * list.len()
+    length(list.len())
 }
 
 /// The RCmd of a Reserve request's frame, for the answer to echo.

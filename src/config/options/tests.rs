@@ -1,0 +1,162 @@
+use super::*;
+
+fn parse(line: &str) -> Result<Options, ConfigError> {
+    let words = std::iter::once("aoede").chain(line.split_whitespace());
+    Options::from_args(words.map(OsString::from))
+}
+
+fn refused(line: &str) -> (u8, String) {
+    let error = parse(line).unwrap_err();
+    (error.exit_code(), error.to_string())
+}
+
+#[test]
+fn the_owners_command_lines_parse() {
+    let dir = tempfile::tempdir().unwrap();
+    let shadow = dir.path().join("shadow.img");
+    let options = parse(&format!("-b 64 1 1 eth0 disk.img -f {}", shadow.display())).unwrap();
+    assert_eq!(options.address.to_string(), "e1.1");
+    assert_eq!(
+        (options.nics, options.buffers),
+        (vec!["eth0".to_owned()], 64)
+    );
+    assert_eq!(
+        options.image.path,
+        std::env::current_dir().unwrap().join("disk.img")
+    );
+    assert_eq!(
+        options.shadow,
+        Some(ShadowOption {
+            path: shadow,
+            limit_mib: None
+        })
+    );
+    let options = parse("1 4 eth0 eth1 img").unwrap();
+    assert_eq!(options.address.to_string(), "e1.4");
+    assert_eq!(options.nics, ["eth0", "eth1"]);
+}
+
+#[test]
+fn options_stand_anywhere() {
+    for line in [
+        "-r -d 3 7 lo img -o 8 -l 16",
+        "3 -r 7 -o 8 lo -d -l 16 img",
+        "3 7 lo img -rd -o8 -l16",
+    ] {
+        let options = parse(line).unwrap();
+        assert_eq!(options.address, Address::new(3, 7).unwrap());
+        assert!(options.image.read_only && options.image.direct);
+        assert_eq!(
+            options.image.window,
+            Window {
+                offset: 8,
+                length: Some(16)
+            }
+        );
+    }
+}
+
+#[test]
+fn shelf_and_slot_are_checked_and_not_folded() {
+    // AoEde served "70000 300" as 4464.44.
+    for line in [
+        "70000 300 lo img",
+        "65535 1 lo img",
+        "1 255 lo img",
+        "-- -1 1 lo img",
+        "1.1 1 lo img",
+        "0x10 1 lo img",
+        "1 +1 lo img",
+        "a b lo img",
+    ] {
+        let (code, text) = refused(line);
+        assert_eq!(code, 2, "{line}");
+        assert!(text.contains("shelf") || text.contains("slot"), "{text}");
+    }
+    for line in [
+        "",
+        "1",
+        "1 1",
+        "1 1 lo",
+        "1 1 lo lo img",
+        "1 1 lo img --frobnicate",
+    ] {
+        assert_eq!(refused(line).0, 2, "{line}");
+    }
+}
+
+#[test]
+fn a_bad_mask_opens_nothing() {
+    for mask in [
+        "001122aabbcg",
+        "00:11",
+        "ff:ff:ff:ff:ff:ff",
+        "01:00:5e:00:00:01",
+        "001122aabbcc,",
+        ",",
+    ] {
+        let (code, text) = refused(&format!("-m {mask} 1 1 lo img"));
+        assert_eq!(code, 2);
+        assert!(text.starts_with("-m: "), "{text}");
+    }
+    let options = parse("-m 001122AABBCC,00:11:22:aa:bb:cc 1 1 lo img -m 020000000001").unwrap();
+    assert_eq!(options.policy.masks.len(), 2);
+}
+
+#[test]
+fn other_arguments_are_checked() {
+    for (line, says) in [
+        ("-b 1", "-b 1: give a whole number from 2 to 65535"),
+        ("-b 65536", "-b 65536:"),
+        ("-l 0", "-l 0:"),
+        ("-o -1", "unexpected argument '-1' found; see --help"),
+        ("--create 1000", "multiple of 512"),
+        ("--create 64M,sparse", "'sparse' is not 'prealloc'"),
+        ("--create big", "64M or 10G"),
+        ("--deny masks", "--deny masks: is none of"),
+        ("--log paper", "--log paper: is none of"),
+        ("--set spn=1", "did you mean 'spin'"),
+        ("-f x,0", "-f limit 0"),
+    ] {
+        let (code, text) = refused(&format!("{line} 1 1 lo img"));
+        assert_eq!(code, 2, "{line}");
+        assert!(text.contains(says), "{line}: {text}");
+    }
+    let options = parse("1 1 lo img --create 10G,prealloc --deny config,mask -s -q").unwrap();
+    assert_eq!(
+        options.image.create,
+        Some(Create {
+            bytes: 10 << 30,
+            prealloc: true
+        })
+    );
+    assert!(options.policy.deny_config && options.policy.deny_mask);
+    assert!(!options.policy.deny_reserve && options.durable);
+    assert_eq!(options.level, LevelFilter::Warn);
+}
+
+#[test]
+fn a_shadow_path_that_could_not_serve_is_refused_untouched() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("notes.txt");
+    std::fs::write(&file, "mine").unwrap();
+    let image = dir.path().join("disk.img");
+    std::fs::write(&image, [0; 512]).unwrap();
+    let image = image.display();
+    for (shadow, says) in [
+        (file.clone(), "no shadow of this image"),
+        (dir.path().join("none/shadow"), "directory does not exist"),
+        (dir.path().join("./disk.img"), "the image itself"),
+    ] {
+        let (code, text) = refused(&format!("1 1 lo {image} -f {}", shadow.display()));
+        assert_eq!(code, 1);
+        assert!(text.contains(says), "{text}");
+    }
+    assert_eq!(std::fs::read(&file).unwrap(), b"mine");
+}
+
+#[test]
+fn help_and_version_are_no_errors() {
+    assert_eq!(refused("--help").0, 0);
+    assert_eq!(refused("--version").0, 0);
+}

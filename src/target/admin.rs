@@ -1,0 +1,383 @@
+//! Requests about the export itself, and how what they change is saved.
+//!
+//! A change is made in a copy of the state. If the copy differs, it is saved
+//! before anyone sees it or any reply leaves; one save at a time, and the next
+//! takes all the changes that came meanwhile. If saving fails nothing has
+//! changed, and those who asked are told so.
+
+use std::sync::Arc;
+
+use super::{Action, Dropped, NicId, NicInfo, Ready, SAVE, Target, What};
+use crate::access::{self, Verdict, WireState};
+use crate::drive;
+use crate::wire::ata::{DATA, Taskfile};
+use crate::wire::config::{self, Report};
+use crate::wire::mask::{self, Edit, LIST_MAX};
+use crate::wire::reserve::{self, Order};
+use crate::wire::{Command, ErrorCode, HEAD_MAX, MacAddr, Origin, Request, frame_max, pad};
+
+/// Changes that may wait for a save; more are dropped and asked again.
+const HELD_MAX: usize = 64;
+
+/// A change that waits for its turn.
+#[derive(Debug)]
+pub(super) struct Held {
+    nic: NicId,
+    change: Change,
+}
+
+#[derive(Debug)]
+enum Change {
+    /// A Config, Mask or Reserve request, whole.
+    Frame(Vec<u8>),
+    /// An ATA command that switches something.
+    Switch(Origin, Taskfile, Switch),
+}
+
+/// What ATA commands switch for good.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Switch {
+    WriteCache(bool),
+    Smart(bool),
+}
+
+/// A save under way, and whom it makes wait.
+#[derive(Debug)]
+pub(super) struct Saving {
+    next: WireState,
+    waiting: Vec<Waiting>,
+}
+
+#[derive(Debug)]
+struct Waiting {
+    nic: NicId,
+    /// The reply if it is saved, empty for silence, and if it is not.
+    saved: Vec<u8>,
+    failed: Vec<u8>,
+    closes_cache: bool,
+}
+
+impl Held {
+    pub(super) fn switch(nic: NicId, origin: Origin, taskfile: Taskfile, to: Switch) -> Held {
+        Held {
+            nic,
+            change: Change::Switch(origin, taskfile, to),
+        }
+    }
+
+    fn closes_cache(&self) -> bool {
+        matches!(self.change, Change::Switch(_, _, Switch::WriteCache(false)))
+    }
+
+    fn asker(&self) -> Option<MacAddr> {
+        match &self.change {
+            Change::Frame(frame) => Request::parse(frame).ok().map(|r| r.origin.source),
+            Change::Switch(origin, ..) => Some(origin.source),
+        }
+    }
+}
+
+impl Target {
+    /// A Config, Mask or Reserve request.
+    pub(super) fn administer(
+        &mut self,
+        nic: NicId,
+        info: &NicInfo,
+        request: &Request,
+        head: &mut [u8],
+    ) -> Action {
+        // What changes nothing is answered now, even while a save is under
+        // way; that is all of discovery.
+        let mut next = self.state.clone();
+        let len = self.apply_frame(&mut next, info, request, head);
+        if next == self.state {
+            return match len {
+                0 => Action::Drop(Dropped::Silence),
+                len => Action::Reply { len, body: None },
+            };
+        }
+        self.change(
+            Held {
+                nic,
+                change: Change::Frame(request.frame.to_vec()),
+            },
+            head,
+        )
+    }
+
+    /// Makes a change, or holds it while a save is under way.
+    pub(super) fn change(&mut self, held: Held, head: &mut [u8]) -> Action {
+        if self.held.len() >= HELD_MAX {
+            return Action::Drop(Dropped::NoRoom);
+        }
+        self.held.push_back(held);
+        if self.saving.is_some() {
+            return Action::Parked;
+        }
+        let before = self.ready.len();
+        self.save_held();
+        // What turned out to change nothing has its reply at once.
+        match self.ready.len() > before {
+            true => match self.ready.pop_back() {
+                Some(Ready {
+                    what: What::Bytes(bytes),
+                    ..
+                }) => {
+                    head[..bytes.len()].copy_from_slice(&bytes);
+                    Action::Reply {
+                        len: bytes.len(),
+                        body: None,
+                    }
+                }
+                _ => Action::Parked,
+            },
+            false => Action::Parked,
+        }
+    }
+
+    /// Makes a change whose asker already waits.
+    pub(super) fn change_later(&mut self, held: Held) {
+        self.held.push_back(held);
+        if self.saving.is_none() {
+            self.save_held();
+        }
+    }
+
+    /// Makes all held changes in a copy of the state, and saves it if it
+    /// differs.
+    fn save_held(&mut self) {
+        let mut next = self.state.clone();
+        let mut waiting = Vec::new();
+        let mut head = vec![0; HEAD_MAX];
+        while let Some(held) = self.held.pop_front() {
+            let closes_cache = held.closes_cache();
+            let Some(&Some(info)) = self.nics.get(usize::from(held.nic.0)) else {
+                // Nobody would hear the answer; who asked will ask again.
+                self.closing -= u32::from(closes_cache);
+                continue;
+            };
+            let before = next.clone();
+            let failed_len = self.refuse_change(&info, &held.change, &mut head);
+            let failed = head[..failed_len].to_vec();
+            let len = match &held.change {
+                Change::Frame(frame) => match Request::parse(frame) {
+                    Ok(request) => self.apply_frame(&mut next, &info, &request, &mut head),
+                    Err(_) => 0,
+                },
+                Change::Switch(origin, taskfile, switch) => {
+                    match switch {
+                        Switch::WriteCache(on) => next.write_cache = *on,
+                        Switch::Smart(on) => next.smart = *on,
+                    }
+                    self.header(&mut head, &info, origin, None);
+                    taskfile.reply(&mut head, drive::SUCCESS);
+                    pad(&mut head, DATA)
+                }
+            };
+            if let Some(asker) = held.asker().filter(|_| next != before) {
+                log_change(&before, &next, asker);
+            }
+            let saved = head[..len].to_vec();
+            waiting.push(Waiting {
+                nic: held.nic,
+                saved,
+                failed,
+                closes_cache,
+            });
+        }
+        if next == self.state {
+            self.release(waiting, true);
+            return;
+        }
+        self.volume
+            .save(SAVE, Arc::clone(&self.state_file), next.to_text());
+        self.saving = Some(Saving { next, waiting });
+    }
+
+    /// The save under way has ended.
+    pub(super) fn saved(&mut self, ok: bool) {
+        let Some(Saving { next, waiting }) = self.saving.take() else {
+            return;
+        };
+        if ok {
+            self.state = next;
+        }
+        self.release(waiting, ok);
+        if !self.held.is_empty() {
+            self.save_held();
+        }
+    }
+
+    fn release(&mut self, waiting: Vec<Waiting>, ok: bool) {
+        for one in waiting {
+            self.closing -= u32::from(one.closes_cache);
+            let bytes = if ok { one.saved } else { one.failed };
+            if !bytes.is_empty() {
+                self.ready.push_back(Ready {
+                    nic: one.nic,
+                    what: What::Bytes(bytes),
+                });
+            }
+        }
+    }
+
+    /// Carries a request out on `state` and writes its answer; returns the
+    /// length to send, 0 for silence.
+    fn apply_frame(
+        &self,
+        state: &mut WireState,
+        info: &NicInfo,
+        request: &Request,
+        head: &mut [u8],
+    ) -> usize {
+        let policy = &self.settings.policy;
+        let origin = &request.origin;
+        let len = match request.command {
+            Command::Config(query) => {
+                match access::query(state, policy, &query, self.longest_frame()) {
+                    Verdict::Silence => return 0,
+                    Verdict::Answer => self.report(head, info, request, &state.config, None),
+                    Verdict::Refuse(code @ ErrorCode::ConfigStringSet) => {
+                        self.report(head, info, request, &state.config, Some(code))
+                    }
+                    Verdict::Refuse(code) => self.report(head, info, request, &[], Some(code)),
+                }
+            }
+            Command::Mask(edit) => {
+                let room = frame_max(info.mtu).saturating_sub(mask::DIRECTIVES) / mask::DIRECTIVE;
+                let mcmd = mask::mcmd(request.frame);
+                let before = state.masks.clone();
+                let outcome = match edit {
+                    Edit::Read => Ok(()),
+                    Edit::Edit(directives) if !policy.deny_mask => {
+                        access::edit_masks(state, policy, directives, room)
+                    }
+                    Edit::Edit(_) | Edit::Bad => {
+                        return self.refuse_mask(head, info, origin, mcmd);
+                    }
+                };
+                match outcome {
+                    Err((index, error)) => {
+                        self.header(head, info, origin, None);
+                        mask::emit_error(head, mcmd, error, index)
+                    }
+                    // Another NIC with longer frames made the list; here it
+                    // cannot be told, and what is refused has no effect.
+                    Ok(()) if state.masks.len() > room.min(LIST_MAX) => {
+                        state.masks = before;
+                        return self.refuse_mask(head, info, origin, mcmd);
+                    }
+                    Ok(()) => {
+                        self.header(head, info, origin, None);
+                        mask::emit_list(head, mcmd, &state.masks)
+                    }
+                }
+            }
+            Command::Reserve(order) => {
+                let error = match access::reserve(state, policy, &order, origin.source) {
+                    Verdict::Refuse(code) => Some(code),
+                    Verdict::Answer | Verdict::Silence => None,
+                };
+                let bad = error == Some(ErrorCode::BadArgument) || order == Order::Bad;
+                let list = if bad { &[][..] } else { &state.reserved };
+                self.holders(head, info, request, list, error)
+            }
+            _ => return 0,
+        };
+        pad(head, len)
+    }
+
+    /// The answer to a change that could not be saved.
+    fn refuse_change(&self, info: &NicInfo, change: &Change, head: &mut [u8]) -> usize {
+        let bad = Some(ErrorCode::BadArgument);
+        let len = match change {
+            Change::Switch(origin, taskfile, _) => {
+                self.header(head, info, origin, None);
+                taskfile.reply(head, drive::fault(taskfile));
+                DATA
+            }
+            Change::Frame(frame) => match Request::parse(frame) {
+                Ok(request) => match request.command {
+                    Command::Mask(_) => {
+                        let mcmd = mask::mcmd(frame);
+                        return self.refuse_mask(head, info, &request.origin, mcmd);
+                    }
+                    Command::Reserve(_) => self.holders(head, info, &request, &[], bad),
+                    _ => self.report(head, info, &request, &[], bad),
+                },
+                Err(_) => return 0,
+            },
+        };
+        pad(head, len)
+    }
+
+    /// A Config answer; one that would be longer than the NIC's frames is an
+    /// error without a string.
+    fn report(
+        &self,
+        head: &mut [u8],
+        info: &NicInfo,
+        request: &Request,
+        string: &[u8],
+        error: Option<ErrorCode>,
+    ) -> usize {
+        if config::STRING + string.len() > frame_max(info.mtu) {
+            return self.report(head, info, request, &[], Some(ErrorCode::BadArgument));
+        }
+        self.header(head, info, &request.origin, error);
+        let report = Report {
+            buffers: self.settings.buffers,
+            sectors: Self::frame_sectors(info),
+            sub: config::subcommand(request.frame),
+            string,
+        };
+        report.emit(head)
+    }
+
+    fn refuse_mask(&self, head: &mut [u8], info: &NicInfo, origin: &Origin, mcmd: u8) -> usize {
+        self.header(head, info, origin, Some(ErrorCode::BadArgument));
+        let len = mask::emit_nothing(head, mcmd);
+        pad(head, len)
+    }
+
+    /// A Reserve answer; one that would be longer than the NIC's frames is an
+    /// error without a list.
+    fn holders(
+        &self,
+        head: &mut [u8],
+        info: &NicInfo,
+        request: &Request,
+        list: &[MacAddr],
+        error: Option<ErrorCode>,
+    ) -> usize {
+        if reserve::length(list.len()) > frame_max(info.mtu) {
+            return self.holders(head, info, request, &[], Some(ErrorCode::BadArgument));
+        }
+        self.header(head, info, &request.origin, error);
+        reserve::emit(head, reserve::rcmd(request.frame), list)
+    }
+}
+
+/// Who changed what, for the operator.
+fn log_change(before: &WireState, next: &WireState, asker: MacAddr) {
+    if before.config != next.config {
+        let string = String::from_utf8_lossy(&next.config)
+            .escape_debug()
+            .to_string();
+        log::info!("config string set to \"{string}\" by {asker}");
+    }
+    if before.masks != next.masks {
+        log::info!("mask list changed by {asker}: {:?}", next.masks);
+    }
+    if before.reserved != next.reserved {
+        log::info!("reservation changed by {asker}: {:?}", next.reserved);
+    }
+    if before.write_cache != next.write_cache {
+        let now = if next.write_cache { "on" } else { "off" };
+        log::info!("write cache switched {now} by {asker}");
+    }
+    if before.smart != next.smart {
+        let now = if next.smart { "enabled" } else { "disabled" };
+        log::info!("SMART {now} by {asker}");
+    }
+}

@@ -1,0 +1,322 @@
+//! ATA requests: from registers to the volume and back.
+
+use std::time::Instant;
+
+use super::admin::{Held, Switch};
+use super::{Action, Dropped, NicId, NicInfo, Ready, Target, What};
+use crate::access;
+use crate::drive::{self, Health, Limits, Order, Page, Refusal, Smart};
+use crate::store::{Read, Token};
+use crate::sys::buffer::BufSlice;
+use crate::wire::ata::{DATA, Outcome, Payload, Taskfile};
+use crate::wire::{ErrorCode, Origin, Request, pad};
+
+/// A request whose reply waits for the disk.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Parked {
+    nic: NicId,
+    origin: Origin,
+    taskfile: Taskfile,
+    what: Pending,
+}
+
+/// What it waits for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Pending {
+    Read,
+    Verify,
+    Write,
+    Flush,
+    /// The flush before the write cache goes off.
+    CacheOff,
+}
+
+/// A reply to an ATA request.
+#[derive(Debug)]
+pub(super) struct Answer {
+    pub origin: Origin,
+    pub taskfile: Taskfile,
+    pub outcome: Outcome,
+    pub body: Option<BufSlice>,
+}
+
+impl Target {
+    #[allow(clippy::too_many_arguments)]
+    pub(super) fn ata(
+        &mut self,
+        now: Instant,
+        nic: NicId,
+        info: &NicInfo,
+        request: &Request,
+        taskfile: Taskfile,
+        payload: Payload,
+        head: &mut [u8],
+    ) -> Action {
+        let origin = request.origin;
+        if request.is_broadcast() && drive::changes_something(&taskfile) {
+            return Action::Drop(Dropped::BroadcastChange);
+        }
+        let reserved = !access::may_use(&self.state, origin.source);
+        if reserved && !drive::is_identify(&taskfile) {
+            return self.refuse(head, info, &origin, &taskfile, ErrorCode::TargetReserved);
+        }
+        let limits = Limits {
+            sectors: self.volume.sectors(),
+            frame_sectors: Self::frame_sectors(info),
+            read_only: self.settings.read_only,
+            always_durable: self.settings.durable,
+            trim: self.settings.identity.trim,
+            smart: self.state.smart,
+        };
+        let order = match drive::decode(&taskfile, payload, &limits) {
+            Ok(order) => order,
+            Err(Refusal::Ata(outcome)) => {
+                return self.reply(head, info, &origin, &taskfile, outcome);
+            }
+            Err(Refusal::Aoe(code)) => return self.refuse(head, info, &origin, &taskfile, code),
+        };
+        let done = |target: &Target, head: &mut [u8]| {
+            target.reply(head, info, &origin, &taskfile, drive::SUCCESS)
+        };
+        let parked = |what| Parked {
+            nic,
+            origin,
+            taskfile,
+            what,
+        };
+        match order {
+            Order::Read(extent) | Order::Verify(extent) if extent.is_empty() => done(self, head),
+            Order::Write(extent, _) if extent.is_empty() => done(self, head),
+            Order::Read(extent) => {
+                self.counters.sectors_read += extent.count();
+                let mut ready = None;
+                let action = self.park(parked(Pending::Read), |target, token| {
+                    if let Read::Ready(data) = target.volume.read(token, extent)? {
+                        ready = Some(data);
+                    }
+                    Ok(ready.is_none())
+                });
+                match ready {
+                    Some(data) => {
+                        let body = Some(data);
+                        let outcome = drive::SUCCESS;
+                        self.answer(
+                            head,
+                            info,
+                            Answer {
+                                origin,
+                                taskfile,
+                                outcome,
+                                body,
+                            },
+                        )
+                    }
+                    None => action,
+                }
+            }
+            Order::Verify(extent) => self.park(parked(Pending::Verify), |target, token| {
+                target.volume.verify(token, extent).map(|()| true)
+            }),
+            Order::Write(extent, data) => {
+                self.counters.sectors_written += extent.count();
+                let durable = self.is_durable();
+                self.park(parked(Pending::Write), |target, token| {
+                    target
+                        .volume
+                        .write(token, extent, data, durable)
+                        .map(|()| true)
+                })
+            }
+            Order::Trim(extents) => {
+                let durable = self.is_durable();
+                self.park(parked(Pending::Write), |target, token| {
+                    target
+                        .volume
+                        .discard(token, &extents, durable)
+                        .map(|()| true)
+                })
+            }
+            Order::Flush => self.park(parked(Pending::Flush), |target, token| {
+                target.volume.flush(token);
+                Ok(true)
+            }),
+            Order::WriteCache(false) => {
+                let action = self.park(parked(Pending::CacheOff), |target, token| {
+                    target.volume.flush(token);
+                    Ok(true)
+                });
+                if matches!(action, Action::Parked) {
+                    // From now on, so that nothing acknowledged meanwhile is
+                    // left out of what was promised.
+                    self.closing += 1;
+                }
+                action
+            }
+            Order::WriteCache(true) => self.change(
+                Held::switch(nic, origin, taskfile, Switch::WriteCache(true)),
+                head,
+            ),
+            Order::Smart(Smart::Enable(on)) => {
+                self.change(Held::switch(nic, origin, taskfile, Switch::Smart(on)), head)
+            }
+            Order::CheckPower => self.reply(head, info, &origin, &taskfile, drive::ACTIVE),
+            Order::Smart(Smart::ReturnStatus) => {
+                let mut taskfile = taskfile;
+                let good = self.health(now).is_good();
+                let word = if good { drive::GOOD } else { drive::FAILING };
+                taskfile.lba[1..3].copy_from_slice(&word);
+                self.reply(head, info, &origin, &taskfile, drive::SUCCESS)
+            }
+            Order::Smart(Smart::ReadData) => {
+                let page = self.health(now).page();
+                self.page(head, info, &origin, &taskfile, &page)
+            }
+            Order::Identify => {
+                let (cache, smart) = (!self.is_durable(), self.state.smart);
+                let page = self
+                    .settings
+                    .identity
+                    .page(self.volume.sectors(), cache, smart);
+                self.page(head, info, &origin, &taskfile, &page)
+            }
+        }
+    }
+
+    /// Whether a write is acknowledged only when it is on stable storage.
+    fn is_durable(&self) -> bool {
+        self.settings.durable || !self.state.write_cache || self.closing > 0
+    }
+
+    fn health(&self, now: Instant) -> Health {
+        let failures = self.volume.failures();
+        Health {
+            reads_failed: failures.reads,
+            writes_failed: failures.writes,
+            syncs_failed: failures.syncs,
+            hours: now.saturating_duration_since(self.started).as_secs() / 3600,
+        }
+    }
+
+    /// Remembers a request and begins its disk work, which says whether it is
+    /// under way (and not done already).
+    fn park(
+        &mut self,
+        parked: Parked,
+        begin: impl FnOnce(&mut Target, Token) -> Result<bool, crate::store::NoRoom>,
+    ) -> Action {
+        let Some(id) = self.parked.insert(parked) else {
+            return Action::Drop(Dropped::NoRoom);
+        };
+        match begin(self, Token(id)) {
+            Ok(true) => return Action::Parked,
+            Ok(false) => {}
+            Err(crate::store::NoRoom) => {
+                self.parked.remove(id);
+                return Action::Drop(Dropped::NoRoom);
+            }
+        }
+        self.parked.remove(id);
+        Action::Parked
+    }
+
+    /// A request's disk work has ended.
+    pub(super) fn completed(&mut self, parked: Parked, data: Option<BufSlice>, ok: bool) {
+        let Parked {
+            nic,
+            origin,
+            taskfile,
+            what,
+        } = parked;
+        if what == Pending::CacheOff {
+            if ok {
+                let held = Held::switch(nic, origin, taskfile, Switch::WriteCache(false));
+                self.change_later(held);
+                return;
+            }
+            self.closing -= 1;
+        }
+        let outcome = match (ok, what) {
+            (true, _) => drive::SUCCESS,
+            (false, Pending::Read | Pending::Verify) => drive::unreadable(&taskfile),
+            (false, _) => drive::fault(&taskfile),
+        };
+        let answer = Answer {
+            origin,
+            taskfile,
+            outcome,
+            body: data,
+        };
+        self.ready.push_back(Ready {
+            nic,
+            what: What::Ata(answer),
+        });
+    }
+
+    /// A reply of registers, and perhaps data.
+    pub(super) fn answer(&self, head: &mut [u8], info: &NicInfo, answer: Answer) -> Action {
+        self.header(head, info, &answer.origin, None);
+        answer.taskfile.reply(head, answer.outcome);
+        let len = if answer.body.is_some() {
+            DATA
+        } else {
+            pad(head, DATA)
+        };
+        Action::Reply {
+            len,
+            body: answer.body,
+        }
+    }
+
+    fn reply(
+        &self,
+        head: &mut [u8],
+        info: &NicInfo,
+        origin: &Origin,
+        taskfile: &Taskfile,
+        outcome: Outcome,
+    ) -> Action {
+        let answer = Answer {
+            origin: *origin,
+            taskfile: *taskfile,
+            outcome,
+            body: None,
+        };
+        self.answer(head, info, answer)
+    }
+
+    /// An error of AoE, with registers that say so too, for initiators that
+    /// look at nothing else.
+    fn refuse(
+        &self,
+        head: &mut [u8],
+        info: &NicInfo,
+        origin: &Origin,
+        taskfile: &Taskfile,
+        code: ErrorCode,
+    ) -> Action {
+        self.header(head, info, origin, Some(code));
+        taskfile.reply(head, drive::aborted(taskfile));
+        Action::Reply {
+            len: pad(head, DATA),
+            body: None,
+        }
+    }
+
+    /// A reply with 512 bytes that are made here.
+    fn page(
+        &self,
+        head: &mut [u8],
+        info: &NicInfo,
+        origin: &Origin,
+        taskfile: &Taskfile,
+        page: &Page,
+    ) -> Action {
+        self.reply(head, info, origin, taskfile, drive::SUCCESS);
+        let end = DATA + page.len();
+        head[DATA..end].copy_from_slice(page);
+        Action::Reply {
+            len: end,
+            body: None,
+        }
+    }
+}
