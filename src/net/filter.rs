@@ -1,9 +1,10 @@
-//! The socket filter: what cannot be for us never reaches the process.
+//! The socket filters: what cannot be for us never reaches the process.
 //!
-//! A frame passes if its EtherType is AoE, the kernel does not think it is
-//! another host's (another MAC, or a VLAN we are not in), and it is a request
-//! to our shelf or every shelf and our slot or every slot. An answer passes
-//! only if it carries exactly our address: then another target claims to be us.
+//! A request passes if its EtherType is AoE, the kernel does not think it is
+//! another host's (another MAC, or a VLAN we are not in), and it is to our shelf
+//! or every shelf and our slot or every slot. An answer passes only if it is
+//! broadcast and carries exactly our address: then another target claims to be
+//! us. While we ask for rivals, answers with our address pass, and nothing else.
 
 use crate::sys::packet::sock_filter;
 use crate::wire::{Address, ETHERTYPE, Shelf, Slot};
@@ -13,35 +14,42 @@ const LOAD_BYTE: u16 = (libc::BPF_LD | libc::BPF_B | libc::BPF_ABS) as u16;
 const IF_EQUAL: u16 = (libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K) as u16;
 const IF_SET: u16 = (libc::BPF_JMP | libc::BPF_JSET | libc::BPF_K) as u16;
 const RETURN: u16 = (libc::BPF_RET | libc::BPF_K) as u16;
+/// Where the packet type is loaded from.
+const PACKET_TYPE: u32 = (libc::SKF_AD_OFF + libc::SKF_AD_PKTTYPE) as u32;
 
 const ACCEPT: u32 = u32::MAX;
 const DROP: u32 = 0;
 
-/// The program for an export at this address.
-pub(super) fn program(address: Address) -> [sock_filter; 18] {
-    const OK: u8 = 16;
-    const NO: u8 = 17;
-    let shelf = u32::from(address.shelf.0);
-    let slot = u32::from(address.slot.0);
-    let packet_type = (libc::SKF_AD_OFF + libc::SKF_AD_PKTTYPE) as u32;
-    let op = |code, k| sock_filter {
+const fn op(code: u16, k: u32) -> sock_filter {
+    sock_filter {
         code,
         jt: 0,
         jf: 0,
         k,
-    };
-    // Where to go on, counted like the lines below; the kernel wants to know
-    // how many instructions to skip.
-    let branch = |at: u8, code, k, yes: u8, no: u8| sock_filter {
+    }
+}
+
+/// An instruction at place `at` that goes on at place `yes` or `no`; the kernel
+/// wants to know how many instructions to skip.
+const fn branch(at: u8, code: u16, k: u32, yes: u8, no: u8) -> sock_filter {
+    sock_filter {
         code,
         jt: yes - at - 1,
         jf: no - at - 1,
         k,
-    };
+    }
+}
+
+/// What an export hears.
+pub(super) fn requests(address: Address) -> [sock_filter; 20] {
+    const OK: u8 = 18;
+    const NO: u8 = 19;
+    let shelf = u32::from(address.shelf.0);
+    let slot = u32::from(address.slot.0);
     [
         /*  0 */ op(LOAD_HALF, 12),
         /*  1 */ branch(1, IF_EQUAL, u32::from(ETHERTYPE), 2, NO),
-        /*  2 */ op(LOAD_BYTE, packet_type),
+        /*  2 */ op(LOAD_BYTE, PACKET_TYPE),
         /*  3 */ branch(3, IF_EQUAL, u32::from(libc::PACKET_OTHERHOST), NO, 4),
         /*  4 */ op(LOAD_BYTE, 14),
         /*  5 */ branch(5, IF_SET, 0x08, 12, 6),
@@ -51,12 +59,32 @@ pub(super) fn program(address: Address) -> [sock_filter; 18] {
         /*  9 */ op(LOAD_BYTE, 18),
         /* 10 */ branch(10, IF_EQUAL, slot, OK, 11),
         /* 11 */ branch(11, IF_EQUAL, u32::from(Slot::EVERY.0), OK, NO),
-        /* 12 */ op(LOAD_HALF, 16),
-        /* 13 */ branch(13, IF_EQUAL, shelf, 14, NO),
-        /* 14 */ op(LOAD_BYTE, 18),
-        /* 15 */ branch(15, IF_EQUAL, slot, OK, NO),
-        /* 16 */ op(RETURN, ACCEPT),
-        /* 17 */ op(RETURN, DROP),
+        /* 12 */ op(LOAD_BYTE, PACKET_TYPE),
+        /* 13 */ branch(13, IF_EQUAL, u32::from(libc::PACKET_BROADCAST), 14, NO),
+        /* 14 */ op(LOAD_HALF, 16),
+        /* 15 */ branch(15, IF_EQUAL, shelf, 16, NO),
+        /* 16 */ op(LOAD_BYTE, 18),
+        /* 17 */ branch(17, IF_EQUAL, slot, OK, NO),
+        /* 18 */ op(RETURN, ACCEPT),
+        /* 19 */ op(RETURN, DROP),
+    ]
+}
+
+/// What is heard while we ask whether the address is taken.
+pub(super) fn answers(address: Address) -> [sock_filter; 10] {
+    const OK: u8 = 8;
+    const NO: u8 = 9;
+    [
+        /*  0 */ op(LOAD_HALF, 12),
+        /*  1 */ branch(1, IF_EQUAL, u32::from(ETHERTYPE), 2, NO),
+        /*  2 */ op(LOAD_BYTE, 14),
+        /*  3 */ branch(3, IF_SET, 0x08, 4, NO),
+        /*  4 */ op(LOAD_HALF, 16),
+        /*  5 */ branch(5, IF_EQUAL, u32::from(address.shelf.0), 6, NO),
+        /*  6 */ op(LOAD_BYTE, 18),
+        /*  7 */ branch(7, IF_EQUAL, u32::from(address.slot.0), OK, NO),
+        /*  8 */ op(RETURN, ACCEPT),
+        /*  9 */ op(RETURN, DROP),
     ]
 }
 
@@ -100,7 +128,8 @@ mod tests {
 
     #[test]
     fn requests_to_us_pass_and_nothing_else() {
-        let program = program(Address::new(1, 4).unwrap());
+        let ours = Address::new(1, 4).unwrap();
+        let program = requests(ours);
         for (shelf, slot, passes) in [
             (1, 4, true),
             (0xFFFF, 4, true),
@@ -116,7 +145,14 @@ mod tests {
             let other_host = libc::PACKET_OTHERHOST;
             assert!(!accepts(&program, &request, other_host));
             let answer = frame(shelf, slot, 0x08);
-            assert_eq!(accepts(&program, &answer, 1), (shelf, slot) == (1, 4));
+            let broadcast = libc::PACKET_BROADCAST;
+            assert_eq!(
+                accepts(&program, &answer, broadcast),
+                (shelf, slot) == (1, 4)
+            );
+            assert!(!accepts(&program, &answer, libc::PACKET_HOST));
+            assert_eq!(accepts(&answers(ours), &answer, 0), (shelf, slot) == (1, 4));
+            assert!(!accepts(&answers(ours), &request, 0));
         }
         let mut other = frame(1, 4, 0);
         other[12] = 8;

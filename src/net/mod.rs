@@ -8,6 +8,7 @@
 //! may be lost by that, but none is received twice.
 
 mod filter;
+pub mod probe;
 mod queue;
 mod receiver;
 
@@ -130,7 +131,7 @@ impl Port {
         let step = |what| move |e| NicTrouble::System(what, e);
         let socket = PacketSocket::open().map_err(step("packet socket"))?;
         socket
-            .attach_filter(&filter::program(options.address))
+            .attach_filter(&filter::requests(options.address))
             .map_err(step("filter"))?;
         socket
             .ignore_outgoing()

@@ -62,6 +62,11 @@ impl Receiver {
         }
     }
 
+    /// Whether frames appear without asking the kernel.
+    pub fn is_ring(&self) -> bool {
+        matches!(self, Receiver::Ring(_))
+    }
+
     /// The next frame, if one is here.
     pub fn peek(&self) -> Option<Frame<'_>> {
         match self {

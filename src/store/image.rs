@@ -241,6 +241,11 @@ impl Image {
         Ok(bounds)
     }
 
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
     /// Bytes at the end that make no whole sector, and are not served.
     pub fn cut_off(&self) -> u64 {
         self.bytes().map_or(0, |bytes| bytes % SECTOR)

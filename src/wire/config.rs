@@ -10,7 +10,7 @@
 //! endian), bytes.
 
 use super::request::header;
-use super::{Address, HEADER, MacAddr, be16};
+use super::{Address, FLAG_RESPONSE, HEADER, MIN_FRAME, MacAddr, be16};
 
 /// The command byte.
 pub const COMMAND: u8 = 1;
@@ -111,6 +111,15 @@ impl Report<'_> {
     }
 }
 
+/// The frame that asks by broadcast who has `address`: a Config read.
+pub fn question(from: MacAddr, address: Address, tag: [u8; 4]) -> [u8; MIN_FRAME] {
+    let mut frame = [0; MIN_FRAME];
+    header(&mut frame, MacAddr::BROADCAST, from, address, COMMAND, tag);
+    frame[14] &= !FLAG_RESPONSE;
+    frame[29] = 0x10;
+    frame
+}
+
 /// The subcommand of a Config request's frame, for the answer to echo.
 pub fn subcommand(frame: &[u8]) -> u8 {
     frame.get(29).map_or(0, |byte| byte & 0x0F)
@@ -184,6 +193,19 @@ mod tests {
         let us = Address::new(1, 1).unwrap();
         report.advertise(&mut head, MacAddr::BROADCAST, MacAddr([2; 6]), us);
         assert_eq!(head[12..24], [0x88, 0xA2, 0x18, 0, 0, 1, 1, 1, 0, 0, 0, 0]);
+    }
+
+    #[test]
+    fn our_question_is_a_config_read_to_everyone() {
+        let us = Address::new(7, 3).unwrap();
+        let frame = question(MacAddr([2; 6]), us, [9; 4]);
+        let request = crate::wire::Request::parse(&frame).unwrap();
+        assert!(!request.is_response && request.addresses(us));
+        assert_eq!(request.destination, MacAddr::BROADCAST);
+        assert!(matches!(
+            request.command,
+            crate::wire::Command::Config(Query::Read)
+        ));
     }
 
     proptest! {

@@ -1,0 +1,118 @@
+//! The process around an export: leaving the terminal, the pid file, and the
+//! lines it says when it begins.
+
+use std::fmt;
+use std::fs;
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+
+use crate::config::Options;
+use crate::server::{Export, ServeError};
+use crate::sys::process::{Detached, Terminal, detach};
+use crate::sys::signals::Signals;
+
+/// Why the process ends with an error.
+#[derive(Debug)]
+pub enum DaemonError {
+    /// The export.
+    Serve(ServeError),
+    /// The pid file.
+    PidFile(PathBuf, io::Error),
+    /// A system call, and which.
+    System(&'static str, io::Error),
+    /// What the detached process said in the end.
+    Child(String),
+}
+
+impl fmt::Display for DaemonError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            DaemonError::Serve(e) => write!(f, "{e}"),
+            DaemonError::PidFile(path, e) => {
+                write!(
+                    f,
+                    "pid file {}: {e}; name another --pid-file",
+                    path.display()
+                )
+            }
+            DaemonError::System(what, e) => write!(f, "{what}: {e}"),
+            DaemonError::Child(text) => f.write_str(text),
+        }
+    }
+}
+
+impl std::error::Error for DaemonError {}
+
+impl From<ServeError> for DaemonError {
+    fn from(e: ServeError) -> DaemonError {
+        DaemonError::Serve(e)
+    }
+}
+
+/// Leaves the terminal: `None` in the process that was started and is done now,
+/// the tie to it in the one that goes on.
+pub fn leave_terminal() -> Result<Option<Terminal>, DaemonError> {
+    match detach().map_err(|e| DaemonError::System("detaching", e))? {
+        Detached::Child(terminal) => Ok(Some(terminal)),
+        Detached::Parent(Ok(())) => Ok(None),
+        Detached::Parent(Err(text)) => Err(DaemonError::Child(text)),
+    }
+}
+
+/// Opens the export, says so, and serves until told to stop. With a terminal to
+/// let go of, an error before that goes there.
+pub fn run(options: &Options, terminal: Option<Terminal>) -> Result<(), DaemonError> {
+    let begun = begin(options);
+    let (mut export, signals, _pid_file) = match (begun, terminal) {
+        (Ok(begun), None) => begun,
+        (Ok(begun), Some(terminal)) => {
+            terminal
+                .release(Ok(()))
+                .map_err(|e| DaemonError::System("detaching", e))?;
+            begun
+        }
+        (Err(e), None) => return Err(e),
+        (Err(e), Some(terminal)) => {
+            let said = terminal.release(Err(e.to_string()));
+            return said
+                .map_err(|e| DaemonError::System("detaching", e))
+                .and(Err(e));
+        }
+    };
+    Ok(export.run(&signals)?)
+}
+
+fn begin(options: &Options) -> Result<(Export, Signals, Option<PidFile>), DaemonError> {
+    let export = Export::open(options)?;
+    let signals = Signals::install().map_err(|e| DaemonError::System("signal handlers", e))?;
+    let pid_file = options
+        .pid_file
+        .as_deref()
+        .map(PidFile::write)
+        .transpose()?;
+    let mut out = io::stdout().lock();
+    for line in export.describe() {
+        // Nobody may be listening; that is no reason not to serve.
+        let _ = writeln!(out, "{line}");
+    }
+    let _ = out.flush();
+    Ok((export, signals, pid_file))
+}
+
+/// A file with our process id, as long as we serve.
+struct PidFile(PathBuf);
+
+impl PidFile {
+    fn write(path: &Path) -> Result<PidFile, DaemonError> {
+        fs::write(path, format!("{}\n", std::process::id()))
+            .map_err(|e| DaemonError::PidFile(path.to_owned(), e))?;
+        Ok(PidFile(path.to_owned()))
+    }
+}
+
+impl Drop for PidFile {
+    fn drop(&mut self) {
+        // Whoever took it away has saved us the work.
+        let _ = fs::remove_file(&self.0);
+    }
+}

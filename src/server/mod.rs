@@ -1,0 +1,470 @@
+//! One export's loop: wait for frames, finished disk work, signals, links;
+//! let the target decide; carry it out.
+//!
+//! The loop never waits for anything but the next event. A turn takes frames in
+//! the order the kernel stamped them, a bounded number at a time, then what the
+//! disk has finished, then sends all replies.
+
+mod open;
+mod wait;
+
+use std::fmt;
+use std::io;
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use crate::config::{Options, Tuneup};
+use crate::net::{self, Change, Flushed, Nic, NicError, NicId, PortOptions, probe::Rival};
+use crate::store::{Image, ImageError, StateError};
+use crate::sys::link::LinkWatch;
+use crate::sys::packet::BATCH;
+use crate::sys::signals::{Event, Signals};
+use crate::target::{Action, Target};
+use crate::wire::{Address, MacAddr, sectors_per_frame};
+
+use wait::Wait;
+
+/// Turns with work before the loop looks at signals and links.
+const TURNS_MAX: usize = 16;
+/// Frames taken in one turn before the disk and the signals are looked at.
+const TURN: usize = 4 * BATCH;
+/// How often a NIC that could not be opened is tried again.
+const NIC_RETRY: Duration = Duration::from_secs(1);
+/// How often a rival is written about.
+const RIVAL_LOG_INTERVAL: Duration = Duration::from_secs(10);
+
+/// Why an export cannot begin or must end.
+#[derive(Debug)]
+pub enum ServeError {
+    /// An interface.
+    Nic(NicError),
+    /// The image.
+    Image(ImageError),
+    /// The file with the wire's state.
+    State(StateError),
+    /// The wire's state itself; the file, and what is wrong.
+    BadState(std::path::PathBuf, crate::access::BadState),
+    /// Another target answers under our address.
+    Rival(Address, Rival),
+    /// Another process of this machine has our address on this interface.
+    Claimed(Address, String),
+    /// The disk did not finish in time at the end.
+    StopTimeout(Duration),
+    /// The last sync failed.
+    StopSync,
+    /// A second signal to stop came before the first was carried out.
+    StoppedTwice,
+    /// A system call, and which.
+    System(&'static str, io::Error),
+}
+
+impl fmt::Display for ServeError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            ServeError::Nic(e) => write!(f, "{e}"),
+            ServeError::Image(e) => write!(f, "{e}"),
+            ServeError::State(e) => write!(f, "{e}; mend it or name another --state-dir"),
+            ServeError::BadState(path, e) => write!(
+                f,
+                "state file {}: {e}; mend it, or remove it to start without config string, \
+                 masks and reservation",
+                path.display()
+            ),
+            ServeError::Rival(address, Rival { mac, nic }) => write!(
+                f,
+                "{address} is taken: {mac} answers under it on {nic}, and initiators would take \
+                 both for one disk; choose another shelf or slot (--shared-address serves anyway)"
+            ),
+            ServeError::Claimed(address, nic) => write!(
+                f,
+                "{address} is taken: another process of this machine serves it on {nic}; choose \
+                 another shelf or slot (--shared-address serves anyway)"
+            ),
+            ServeError::StopTimeout(after) => write!(
+                f,
+                "the disk did not finish within {} s of the signal to stop; writes that were not \
+                 acknowledged may be missing",
+                after.as_secs()
+            ),
+            ServeError::StopSync => {
+                f.write_str("the last sync failed; what was written may not be on the disk")
+            }
+            ServeError::StoppedTwice => f.write_str("stopped at once by a second signal"),
+            ServeError::System(what, e) => write!(f, "{what}: {e}"),
+        }
+    }
+}
+
+impl std::error::Error for ServeError {}
+
+/// An export that is ready to serve.
+pub struct Export {
+    address: Address,
+    tuneup: Tuneup,
+    image: Arc<Image>,
+    read_only: bool,
+    nics: Vec<Nic>,
+    port_options: PortOptions,
+    target: Target,
+    watch: LinkWatch,
+    wait: Wait,
+    /// Kept as long as the address is ours on this machine.
+    _claims: Vec<std::os::unix::net::UnixDatagram>,
+    rival_logged: Option<Instant>,
+}
+
+impl Export {
+    /// Opens everything an export needs, and refuses with a reason while
+    /// nothing has been made or changed.
+    pub fn open(options: &Options) -> Result<Export, ServeError> {
+        open::open(options)
+    }
+
+    /// A line for each NIC and one for the export, as vblade tells them.
+    pub fn describe(&self) -> Vec<String> {
+        let mut lines: Vec<String> = self.nics.iter().map(describe_nic).collect();
+        let mode = if self.read_only { "ro" } else { "rw" };
+        let (pid, sectors) = (std::process::id(), self.target.sectors());
+        lines.push(format!(
+            "pid {pid}: {}, {sectors} sectors, {mode}",
+            self.address
+        ));
+        lines
+    }
+
+    /// Serves until a signal says to stop, then ends in order.
+    pub fn run(&mut self, signals: &Signals) -> Result<(), ServeError> {
+        let system = |what| move |e| ServeError::System(what, e);
+        self.wait
+            .watch_signals(signals)
+            .map_err(system("waiting for signals"))?;
+        for index in 0..self.nics.len() {
+            self.attach(index)?;
+        }
+        self.advertise_everywhere();
+        let mut stopping: Option<Stopping> = None;
+        let mut turns = 0;
+        loop {
+            let took = stopping.is_none() && self.take_frames();
+            let advanced = self.target.has_work();
+            if advanced {
+                self.target.advance(Instant::now());
+            }
+            self.send_ready();
+            let blocked = self.flush();
+            if let Some(stop) = &stopping {
+                if let Some(result) = self.end(stop, blocked) {
+                    return result;
+                }
+            }
+            if took || advanced || (turns > 0 && stopping.is_none() && self.spin()) {
+                turns += 1;
+                if turns < TURNS_MAX {
+                    continue;
+                }
+            }
+            let timeout = match &stopping {
+                _ if turns >= TURNS_MAX => Some(Duration::ZERO),
+                Some(stop) => Some(stop.left(self.tuneup.stop_patience)),
+                None => self
+                    .nics
+                    .iter()
+                    .any(|nic| nic.port.is_none())
+                    .then_some(NIC_RETRY),
+            };
+            turns = 0;
+            let woken = self
+                .wait
+                .wait(timeout)
+                .map_err(system("waiting for events"))?;
+            if woken.signals {
+                self.obey(signals, &mut stopping)?;
+            }
+            if woken.links || woken.timed_out {
+                self.look_at_links();
+            }
+        }
+    }
+
+    /// Takes frames in their order and answers them; says whether there were
+    /// any.
+    fn take_frames(&mut self) -> bool {
+        let now = Instant::now();
+        let horizon = (self.nics.len() > 1).then(real_time);
+        for port in self.nics.iter_mut().filter_map(|nic| nic.port.as_mut()) {
+            port.refill();
+        }
+        let mut rival = None;
+        let mut taken = 0;
+        while taken < TURN {
+            let limit = if taken == 0 { None } else { horizon };
+            let Some(id) = net::earliest(&mut self.nics, limit) else {
+                break;
+            };
+            let Some(port) = self.nics[usize::from(id.0)].port.as_mut() else {
+                break;
+            };
+            taken += 1;
+            if let (Some(frame), Some(head)) = (port.receiver.peek(), port.queue.head()) {
+                match self.target.handle(now, id, frame, head) {
+                    Action::Reply { len, body } => {
+                        if let Err(Some(body)) = port.queue.push(len, body) {
+                            self.target.recycle(body.buf);
+                        }
+                    }
+                    Action::Rival(mac) => rival = Some((mac, id)),
+                    Action::Drop(_) | Action::Parked => {}
+                }
+            }
+            port.receiver.release();
+            if port.queue.waiting() >= BATCH {
+                port.flush(|buf| self.target.recycle(buf));
+            }
+        }
+        if let Some((mac, id)) = rival {
+            self.warn_of_rival(now, mac, id);
+        }
+        taken > 0
+    }
+
+    /// Queues the replies whose time has come.
+    fn send_ready(&mut self) {
+        while let Some(id) = self.target.next_ready() {
+            let port = self
+                .nics
+                .get_mut(usize::from(id.0))
+                .and_then(|nic| nic.port.as_mut());
+            let Some(port) = port else {
+                self.target.skip();
+                continue;
+            };
+            if port.queue.waiting() >= BATCH {
+                port.flush(|buf| self.target.recycle(buf));
+            }
+            let Some(head) = port.queue.head() else {
+                self.target.skip();
+                continue;
+            };
+            if let Action::Reply { len, body } = self.target.emit(head) {
+                if let Err(Some(body)) = port.queue.push(len, body) {
+                    self.target.recycle(body.buf);
+                }
+            }
+        }
+    }
+
+    /// Sends all replies; says whether some must wait for a socket.
+    fn flush(&mut self) -> bool {
+        let mut any_blocked = false;
+        for (index, nic) in self.nics.iter_mut().enumerate() {
+            let Some(port) = nic.port.as_mut() else {
+                continue;
+            };
+            let blocked = port.queue.waiting() > 0
+                && port.flush(|buf| self.target.recycle(buf)) == Flushed::Blocked;
+            any_blocked |= blocked;
+            self.wait.want_writable(index, port, blocked);
+        }
+        any_blocked
+    }
+
+    /// Looks for the next frame for a moment; says whether there is work.
+    ///
+    /// Only a ring can be looked at without asking the kernel.
+    fn spin(&self) -> bool {
+        let until = Instant::now() + self.tuneup.spin;
+        let ports = || self.nics.iter().filter_map(|nic| nic.port.as_ref());
+        if !ports().any(|port| port.receiver.is_ring()) {
+            return false;
+        }
+        loop {
+            if self.target.has_work() || ports().any(|port| port.receiver.peek().is_some()) {
+                return true;
+            }
+            if Instant::now() >= until {
+                return false;
+            }
+            std::hint::spin_loop();
+        }
+    }
+
+    /// How a stop goes on: `None` while the disk has not finished.
+    fn end(&self, stop: &Stopping, blocked: bool) -> Option<Result<(), ServeError>> {
+        let patience = self.tuneup.stop_patience;
+        if self.target.is_idle() && !blocked {
+            log::info!("{} stopped: {}", self.address, self.target.counters());
+            let failed = self.target.failures().syncs > stop.syncs_failed;
+            return Some(if failed {
+                Err(ServeError::StopSync)
+            } else {
+                Ok(())
+            });
+        }
+        stop.left(patience)
+            .is_zero()
+            .then_some(Err(ServeError::StopTimeout(patience)))
+    }
+
+    fn obey(
+        &mut self,
+        signals: &Signals,
+        stopping: &mut Option<Stopping>,
+    ) -> Result<(), ServeError> {
+        while let Some(event) = signals.next() {
+            match event {
+                Event::Stop if stopping.is_some() => return Err(ServeError::StoppedTwice),
+                Event::Stop => {
+                    let syncs_failed = self.target.failures().syncs;
+                    *stopping = Some(Stopping {
+                        since: Instant::now(),
+                        syncs_failed,
+                    });
+                    self.target.flush();
+                }
+                Event::Measure => self.measure(),
+                Event::Order(count) => log::warn!(
+                    "USR2 after {count} USR1: freezing is not in this version; nothing done"
+                ),
+            }
+        }
+        Ok(())
+    }
+
+    /// Measures the image again and tells everyone.
+    fn measure(&mut self) {
+        match self.image.bounds() {
+            Ok(bounds) => {
+                let (before, now) = (self.target.sectors(), bounds.sectors);
+                if self.target.resize(bounds) {
+                    log::info!("{}: {now} sectors, {before} before", self.address);
+                } else {
+                    log::info!("{}: still {now} sectors", self.address);
+                }
+            }
+            Err(why) => {
+                let path = self.image.path().to_owned();
+                log::error!("size kept: {}", ImageError { path, why });
+            }
+        }
+        self.advertise_everywhere();
+    }
+
+    /// Follows what became of the interfaces.
+    fn look_at_links(&mut self) {
+        self.watch.drain();
+        for index in 0..self.nics.len() {
+            if let Some(port) = &self.nics[index].port {
+                port.clear_error();
+            }
+            let id = NicId(index as u16);
+            match self.nics[index].refresh(&self.port_options) {
+                Change::None => {}
+                Change::Lost(e) => {
+                    log::warn!("{e}; waiting for it");
+                    self.target.set_nic(id, None);
+                }
+                Change::Down => log::warn!("{}: link down", self.nics[index].name),
+                Change::Up => {
+                    log::info!("{}: link up", self.nics[index].name);
+                    self.advertise(id);
+                }
+                Change::Reopened => {
+                    log::info!("{}", describe_nic(&self.nics[index]));
+                    match self.attach(index) {
+                        Ok(()) => self.advertise(id),
+                        Err(e) => log::error!("{e}"),
+                    }
+                }
+            }
+        }
+    }
+
+    /// Lets the target know a NIC, and the loop hear it.
+    fn attach(&mut self, index: usize) -> Result<(), ServeError> {
+        let nic = &self.nics[index];
+        self.target.set_nic(NicId(index as u16), nic.info());
+        match &nic.port {
+            Some(port) => self
+                .wait
+                .watch_port(index, port)
+                .map_err(|e| ServeError::System("waiting for frames", e)),
+            None => Ok(()),
+        }
+    }
+
+    fn advertise_everywhere(&mut self) {
+        for index in 0..self.nics.len() {
+            self.advertise(NicId(index as u16));
+        }
+    }
+
+    /// Tells those who may know on one NIC that we are here.
+    fn advertise(&mut self, id: NicId) {
+        let Some(port) = self.nics[usize::from(id.0)].port.as_mut() else {
+            return;
+        };
+        for mac in self.target.audience() {
+            if port.queue.waiting() >= BATCH {
+                port.flush(|buf| self.target.recycle(buf));
+            }
+            let Some(head) = port.queue.head() else {
+                return;
+            };
+            if let Some(len) = self.target.advertise(id, mac, head) {
+                // There is no body to give back.
+                let _ = port.queue.push(len, None);
+            }
+        }
+    }
+
+    fn warn_of_rival(&mut self, now: Instant, mac: MacAddr, id: NicId) {
+        if self
+            .rival_logged
+            .is_none_or(|last| now - last >= RIVAL_LOG_INTERVAL)
+        {
+            self.rival_logged = Some(now);
+            let nic = &self.nics[usize::from(id.0)].name;
+            log::error!(
+                "another target at {mac} (on {nic}) says that it is {} too: initiators will mix \
+                 the two disks; stop one of them now",
+                self.address
+            );
+        }
+    }
+}
+
+/// An end in order that is under way.
+struct Stopping {
+    since: Instant,
+    /// Syncs that had failed before, which the end is not to blame for.
+    syncs_failed: u64,
+}
+
+impl Stopping {
+    fn left(&self, patience: Duration) -> Duration {
+        patience.saturating_sub(self.since.elapsed())
+    }
+}
+
+/// The kernel's real-time clock, in nanoseconds, as frames are stamped.
+fn real_time() -> u64 {
+    let since = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap_or_default();
+    u64::try_from(since.as_nanos()).unwrap_or(u64::MAX)
+}
+
+fn describe_nic(nic: &Nic) -> String {
+    match nic.link {
+        Some(link) => {
+            let (mac, mtu) = (MacAddr(link.mac), link.mtu);
+            let sectors = sectors_per_frame(mtu);
+            let down = if link.running { "" } else { ", link down" };
+            format!(
+                "{}: {mac}, MTU {mtu}, {sectors} sectors per frame{down}",
+                nic.name
+            )
+        }
+        None => format!("{}: not there", nic.name),
+    }
+}

@@ -1,0 +1,178 @@
+//! From checked options to an export that is ready: every refusal comes before
+//! anything is made or changed.
+
+use std::os::linux::net::SocketAddrExt;
+use std::os::unix::net::{SocketAddr, UnixDatagram};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use super::wait::Wait;
+use super::{Export, ServeError, real_time};
+use crate::access::WireState;
+use crate::config::Options;
+use crate::drive::Identity;
+use crate::net::{Nic, NicId, PortOptions, probe};
+use crate::store::{Backing, Image, ImageError, Pool, StateFile, Volume};
+use crate::sys::link::LinkWatch;
+use crate::target::{Settings, Target};
+use crate::wire::{Address, ETHERNET_HEADER};
+
+/// A shelf that the Linux driver does not take devices from.
+const SHELF_LINUX_IGNORES: u16 = 4095;
+/// How long an address that a process of this machine still holds is asked for
+/// again, as after a restart.
+const CLAIM_PATIENCE: Duration = Duration::from_secs(2);
+const CLAIM_RETRY: Duration = Duration::from_millis(20);
+
+pub(super) fn open(options: &Options) -> Result<Export, ServeError> {
+    let system = |what| move |e| ServeError::System(what, e);
+    let address = options.address;
+    let tuneup = options.tuneup.clone();
+    if address.shelf.0 == SHELF_LINUX_IGNORES {
+        log::warn!("shelf {SHELF_LINUX_IGNORES}: the Linux driver ignores it; choose another");
+    }
+    let port_options = PortOptions {
+        address,
+        engine: tuneup.receive,
+        ring_bytes: tuneup.ring_size,
+        socket_buffer: tuneup.socket_buffer,
+        qdisc_bypass: tuneup.qdisc_bypass,
+    };
+    // Before the NICs are looked at, so that no change after that is missed.
+    let watch = LinkWatch::new().map_err(system("listening for link changes"))?;
+    let nics = options
+        .nics
+        .iter()
+        .map(|name| Nic::open(name, &port_options));
+    let nics = nics
+        .collect::<Result<Vec<_>, _>>()
+        .map_err(ServeError::Nic)?;
+
+    let mut claims = Vec::new();
+    if !options.shared_address {
+        for nic in &nics {
+            claims.push(claim(address, &nic.name)?);
+        }
+        let tag = (real_time() as u32 ^ std::process::id()).to_be_bytes();
+        let rival = probe::rival(&nics, address, tag, tuneup.address_probe);
+        if let Some(rival) = rival.map_err(ServeError::Nic)? {
+            return Err(ServeError::Rival(address, rival));
+        }
+    }
+
+    let image = Arc::new(Image::open(&options.image).map_err(ServeError::Image)?);
+    let bounds = image.bounds().map_err(|why| {
+        ServeError::Image(ImageError {
+            path: options.image.path.clone(),
+            why,
+        })
+    })?;
+    if image.cut_off() > 0 {
+        let (path, bytes) = (image.path().display(), image.cut_off());
+        log::warn!("image {path}: its last {bytes} bytes make no whole sector and are cut off");
+    }
+
+    let real_path = std::fs::canonicalize(image.path()).map_err(system("resolving the image"))?;
+    let file = StateFile::new(&options.state_dir, &address.to_string(), &real_path);
+    let state = match file.load().map_err(ServeError::State)? {
+        Some(text) => WireState::from_text(&text)
+            .map_err(|e| ServeError::BadState(file.path().to_owned(), e))?,
+        None => WireState::default(),
+    };
+
+    let backing: Arc<dyn Backing> = Arc::<Image>::clone(&image);
+    let pool = Pool::start(backing, tuneup.disk_threads).map_err(system("starting threads"))?;
+    let longest = nics
+        .iter()
+        .filter_map(|nic| nic.link)
+        .map(|link| link.mtu)
+        .max()
+        .unwrap_or(0);
+    let volume = Volume::new(
+        Box::new(pool),
+        bounds,
+        image.align(),
+        longest as usize + ETHERNET_HEADER,
+        tuneup.parked_size,
+    );
+    let settings = Settings {
+        address,
+        buffers: options.buffers,
+        read_only: options.image.read_only,
+        durable: options.durable,
+        policy: options.policy.clone(),
+        identity: identity(options, &image),
+    };
+    let mut target = Target::new(Instant::now(), settings, volume, state, Arc::new(file));
+    for (index, nic) in nics.iter().enumerate() {
+        target.set_nic(NicId(index as u16), nic.info());
+    }
+    let wait = Wait::new(&watch, target.wake_fd()).map_err(system("epoll"))?;
+    Ok(Export {
+        address,
+        tuneup,
+        image,
+        read_only: options.image.read_only,
+        nics,
+        port_options,
+        target,
+        watch,
+        wait,
+        _claims: claims,
+        rival_logged: None,
+    })
+}
+
+/// Takes the address on this interface among the processes of this machine,
+/// which do not hear each other's broadcasts: a name in the network namespace
+/// that the kernel frees when the process ends.
+fn claim(address: Address, nic: &str) -> Result<UnixDatagram, ServeError> {
+    let failed = |e| ServeError::System("claiming the address", e);
+    let name = SocketAddr::from_abstract_name(format!("aoede/{address}/{nic}")).map_err(failed)?;
+    let deadline = Instant::now() + CLAIM_PATIENCE;
+    loop {
+        match UnixDatagram::bind_addr(&name) {
+            Ok(socket) => return Ok(socket),
+            Err(e) if e.kind() != std::io::ErrorKind::AddrInUse => return Err(failed(e)),
+            Err(_) if Instant::now() >= deadline => {
+                return Err(ServeError::Claimed(address, nic.to_owned()));
+            }
+            Err(_) => std::thread::sleep(CLAIM_RETRY),
+        }
+    }
+}
+
+fn identity(options: &Options, image: &Image) -> Identity {
+    let Address { shelf, slot } = options.address;
+    let host = nix::unistd::gethostname().unwrap_or_default();
+    let serial = match options.tuneup.serial.as_str() {
+        "" => format!("{}.{}:{}", shelf.0, slot.0, host.to_string_lossy()),
+        serial => serial.to_owned(),
+    };
+    let (physical_exponent, alignment) = image.physical_block();
+    Identity {
+        serial,
+        model: options.tuneup.model.clone(),
+        firmware: env!("CARGO_PKG_VERSION").to_owned(),
+        wwn: world_wide_name(image.identity(), host.as_encoded_bytes()),
+        physical_exponent,
+        alignment,
+        trim: image.can_discard(),
+    }
+}
+
+/// A name of the kind "locally assigned" (NAA 3), since we have no number of an
+/// organisation to build on: 60 bits of machine, image and window.
+fn world_wide_name(image: u64, host: &[u8]) -> u64 {
+    const NAA_LOCAL: u64 = 3 << 60;
+    let crc = crc::Crc::<u64>::new(&crc::CRC_64_XZ);
+    let mut digest = crc.digest();
+    // The host's name stands in where there is no machine id, as in an
+    // initramfs.
+    match std::fs::read("/etc/machine-id") {
+        Ok(id) if !id.is_empty() => digest.update(&id),
+        _ => digest.update(host),
+    }
+    digest.update(&image.to_le_bytes());
+    NAA_LOCAL | digest.finalize() >> 4
+}
