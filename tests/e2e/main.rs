@@ -1,1 +1,12 @@
-fn main() {}
+//! End to end: the program as people run it, in network namespaces.
+//!
+//! One binary with a module per subject. Every test makes its own namespaces,
+//! interfaces and files and takes them away again, also when it fails; none
+//! depends on another. What a test needs of the machine it says through
+//! `lab::require`; with AOEDE_TESTS_COMPLETE=1 nothing may be left out.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+mod floors;
+mod serve;
+mod support;

@@ -1,0 +1,113 @@
+//! A target with its image and its wire, for tests.
+
+use std::path::{Path, PathBuf};
+
+use initiator::client::Client;
+use initiator::lab::{Deadline, Namespace, Process, Spawn, Veth};
+use tempfile::TempDir;
+
+/// The `aoede` that cargo built for these tests.
+pub const AOEDE: &str = env!("CARGO_BIN_EXE_aoede");
+/// The `aoeded` that cargo built for these tests.
+pub const AOEDED: &str = env!("CARGO_BIN_EXE_aoeded");
+
+/// A folder with an image and a state directory.
+pub struct Store {
+    dir: TempDir,
+}
+
+impl Store {
+    /// An image of `sectors` zeros.
+    pub fn new(sectors: u64) -> Store {
+        let store = Store {
+            dir: tempfile::tempdir().unwrap(),
+        };
+        let image = std::fs::File::create(store.image()).unwrap();
+        image.set_len(sectors * 512).unwrap();
+        store
+    }
+
+    /// The folder.
+    pub fn path(&self) -> &Path {
+        self.dir.path()
+    }
+
+    /// The image.
+    pub fn image(&self) -> PathBuf {
+        self.dir.path().join("disk.img")
+    }
+
+    /// The state directory; the target makes it when it needs it.
+    pub fn state(&self) -> PathBuf {
+        self.dir.path().join("state")
+    }
+
+    /// The bytes of `count` sectors of the image file.
+    pub fn sectors(&self, lba: usize, count: usize) -> Vec<u8> {
+        let bytes = std::fs::read(self.image()).unwrap();
+        bytes[lba * 512..(lba + count) * 512].to_vec()
+    }
+}
+
+/// A command line for `aoede` as e1.1 on these interfaces: options, positions,
+/// image, state directory.
+pub fn command<'a>(
+    namespace: &'a Namespace,
+    store: &Store,
+    nics: &[&str],
+    options: &[&str],
+) -> Spawn<'a> {
+    Spawn::new(AOEDE)
+        .inside(namespace)
+        .dir(store.path())
+        .args(options.iter().copied())
+        .args(["1", "1"])
+        .args(nics.iter().copied())
+        .arg(store.image())
+        .arg("--state-dir")
+        .arg(store.state())
+}
+
+/// Starts a target as e1.1 and waits until it serves.
+pub fn serve(namespace: &Namespace, store: &Store, nics: &[&str], options: &[&str]) -> Process {
+    let mut process = command(namespace, store, nics, options).start().unwrap();
+    process
+        .wait_for_line(": e1.1, ", Deadline::seconds(20))
+        .unwrap();
+    process
+}
+
+/// Ends a target in order and expects that it calls it one.
+pub fn stop(mut process: Process) -> Vec<String> {
+    let status = process.stop(Deadline::seconds(20)).unwrap();
+    assert!(status.success(), "{status}: {:?}", process.output());
+    process.output()
+}
+
+/// Two hosts on one wire: `host` with `tgt0` for the target, `peer` with `ini0`
+/// for an initiator.
+pub struct Wire {
+    /// Where the target runs.
+    pub host: Namespace,
+    /// Where the initiator runs.
+    pub peer: Namespace,
+}
+
+impl Wire {
+    /// A wire whose frames carry `mtu` bytes.
+    pub fn new(mtu: u32) -> Wire {
+        let (host, peer) = (Namespace::new().unwrap(), Namespace::new().unwrap());
+        // The kernel keeps the pair as long as the namespaces; leaving them
+        // takes it away.
+        std::mem::forget(Veth::new(("tgt0", &host), ("ini0", &peer), mtu).unwrap());
+        Wire { host, peer }
+    }
+
+    /// An initiator that has found e1.1.
+    pub fn client(&self) -> Client {
+        self.peer
+            .enter(|| Client::connected("ini0", 1, 1))
+            .unwrap()
+            .unwrap()
+    }
+}

@@ -1,0 +1,2 @@
+//! aoebench.
+fn main() {}
