@@ -10,3 +10,4 @@
 mod floors;
 mod serve;
 mod support;
+mod vm;
