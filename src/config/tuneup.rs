@@ -318,6 +318,21 @@ mod tests {
     }
 
     #[test]
+    fn the_manual_page_names_every_key_with_its_default() {
+        let page = include_str!("../../man/tuneup.toml.5");
+        let table: toml::Table = DEFAULTS.parse().unwrap();
+        for (name, value) in table {
+            let value = match value {
+                toml::Value::String(text) if text.is_empty() => "Qq \"\"".to_owned(),
+                toml::Value::String(text) => format!("Qq {text}"),
+                other => format!("Li {other}"),
+            };
+            let entry = format!(".It Ic {name} No = {value}\n");
+            assert!(page.contains(&entry), "{entry}");
+        }
+    }
+
+    #[test]
     fn an_error_names_file_line_and_the_nearest_key() {
         let mut tuneup = Tuneup::default();
         let mut read = |text| {
