@@ -240,7 +240,10 @@ impl Nic {
         let before = self.link.replace(link);
         let same =
             before.is_some_and(|b| (b.index, b.mtu, b.mac) == (link.index, link.mtu, link.mac));
-        if same && self.port.is_some() {
+        // An interface that was away while nobody looked may be back with all
+        // its numbers, but its old socket is deaf.
+        let bound = |port: &Port| port.socket.is_bound_to(link.index);
+        if same && self.port.as_ref().is_some_and(bound) {
             return match (before.is_some_and(|b| b.running), link.running) {
                 (false, true) => Change::Up,
                 (true, false) => Change::Down,

@@ -77,6 +77,20 @@ impl PacketSocket {
         check(result).map(drop)
     }
 
+    /// Whether it still belongs to this interface: the kernel detaches it when
+    /// an interface goes, for good, even if the same number comes back.
+    pub fn is_bound_to(&self, index: u32) -> bool {
+        let mut address = MaybeUninit::<libc::sockaddr_ll>::zeroed();
+        let mut len = size_of::<libc::sockaddr_ll>() as libc::socklen_t;
+        // SAFETY: the pointers are to a sockaddr_ll and to its length.
+        let result =
+            unsafe { libc::getsockname(self.raw(), address.as_mut_ptr().cast(), &mut len) };
+        // SAFETY: zeroed, then at most written by the kernel; plain numbers.
+        let address = unsafe { address.assume_init() };
+        // The kernel's answer ends where the MAC does, short of the whole.
+        check(result).is_ok() && u32::try_from(address.sll_ifindex) == Ok(index)
+    }
+
     /// Takes the error that waits on the socket (ENETDOWN after a link went
     /// down), so that polling does not report it again.
     pub fn take_error(&self) -> Option<io::Error> {

@@ -7,7 +7,11 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+mod cli;
 mod floors;
+mod nics;
+mod rival;
 mod serve;
 mod support;
+mod tools;
 mod vm;
