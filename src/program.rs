@@ -23,7 +23,8 @@ pub fn main(command: Command, args: impl IntoIterator<Item = OsString>) -> ExitC
     let mut options = match Options::from_args(args) {
         Ok(options) => options,
         Err(e) if e.exit_code() == 0 => {
-            print!("{e}");
+            // Whoever asked may have gone, as in `aoede --help | head`.
+            let _ = write!(std::io::stdout(), "{e}");
             return ExitCode::SUCCESS;
         }
         Err(e) => {
@@ -67,6 +68,7 @@ pub fn main(command: Command, args: impl IntoIterator<Item = OsString>) -> ExitC
 
 /// A line for whoever started us, when there is no logger yet.
 fn complain(text: &str) {
+    let text = logging::one_line(text);
     // If nobody listens, the exit code has to do.
     let _ = writeln!(std::io::stderr(), "aoede: error: {text}");
 }

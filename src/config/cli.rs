@@ -16,7 +16,7 @@ use clap::Parser;
 pub struct Cli {
     /// SHELF (0..65534), SLOT (0..254), one or more network interfaces, and the
     /// image: a regular file or block device
-    #[arg(value_name = "SHELF SLOT NETIF.. IMAGE", required = true)]
+    #[arg(value_name = "SHELF SLOT NETIF.. IMAGE")]
     pub positions: Vec<String>,
 
     /// Frames an initiator may have outstanding, 2..65535

@@ -2,11 +2,11 @@
 //! lines it says when it begins.
 
 use std::fmt;
-use std::fs;
+use std::fs::{self, File};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
-use crate::config::Options;
+use crate::config::{LogChoice, Options};
 use crate::server::{Export, ServeError};
 use crate::sys::process::{Detached, Terminal, detach};
 use crate::sys::signals::Signals;
@@ -63,17 +63,18 @@ pub fn leave_terminal() -> Result<Option<Terminal>, DaemonError> {
 /// let go of, an error before that goes there.
 pub fn run(options: &Options, terminal: Option<Terminal>) -> Result<(), DaemonError> {
     let begun = begin(options);
+    let to_stderr = matches!(options.log, Some(LogChoice::Stderr | LogChoice::Journal));
     let (mut export, signals, _pid_file) = match (begun, terminal) {
         (Ok(begun), None) => begun,
         (Ok(begun), Some(terminal)) => {
             terminal
-                .release(Ok(()))
+                .release(Ok(()), to_stderr)
                 .map_err(|e| DaemonError::System("detaching", e))?;
             begun
         }
         (Err(e), None) => return Err(e),
         (Err(e), Some(terminal)) => {
-            let said = terminal.release(Err(e.to_string()));
+            let said = terminal.release(Err(e.to_string()), to_stderr);
             return said
                 .map_err(|e| DaemonError::System("detaching", e))
                 .and(Err(e));
@@ -83,13 +84,14 @@ pub fn run(options: &Options, terminal: Option<Terminal>) -> Result<(), DaemonEr
 }
 
 fn begin(options: &Options) -> Result<(Export, Signals, Option<PidFile>), DaemonError> {
+    // Before the export, which may make an image: all that can be refused is
+    // refused first.
+    let pid_file = options.pid_file.as_deref().map(PidFile::open).transpose()?;
     let export = Export::open(options)?;
     let signals = Signals::install().map_err(|e| DaemonError::System("signal handlers", e))?;
-    let pid_file = options
-        .pid_file
-        .as_deref()
-        .map(PidFile::write)
-        .transpose()?;
+    if let Some(pid_file) = &pid_file {
+        pid_file.write()?;
+    }
     let mut out = io::stdout().lock();
     for line in export.describe() {
         // Nobody may be listening; that is no reason not to serve.
@@ -100,19 +102,50 @@ fn begin(options: &Options) -> Result<(Export, Signals, Option<PidFile>), Daemon
 }
 
 /// A file with our process id, as long as we serve.
-struct PidFile(PathBuf);
+struct PidFile {
+    path: PathBuf,
+    file: File,
+    /// Whether it was not there before.
+    is_new: bool,
+}
 
 impl PidFile {
-    fn write(path: &Path) -> Result<PidFile, DaemonError> {
-        fs::write(path, format!("{}\n", std::process::id()))
-            .map_err(|e| DaemonError::PidFile(path.to_owned(), e))?;
-        Ok(PidFile(path.to_owned()))
+    /// Sees that it can be written, and leaves what it says as it is.
+    fn open(path: &Path) -> Result<PidFile, DaemonError> {
+        let mut how = File::options();
+        let how = how.write(true);
+        let (file, is_new) = match how.clone().create_new(true).open(path) {
+            Err(e) if e.kind() == io::ErrorKind::AlreadyExists => (how.open(path), false),
+            file => (file, true),
+        };
+        let file = file.map_err(|e| DaemonError::PidFile(path.to_owned(), e))?;
+        Ok(PidFile {
+            path: path.to_owned(),
+            file,
+            is_new,
+        })
     }
+
+    fn write(&self) -> Result<(), DaemonError> {
+        let mut file = &self.file;
+        self.file
+            .set_len(0)
+            .and_then(|()| file.write_all(own_id().as_bytes()))
+            .map_err(|e| DaemonError::PidFile(self.path.clone(), e))
+    }
+}
+
+fn own_id() -> String {
+    format!("{}\n", std::process::id())
 }
 
 impl Drop for PidFile {
     fn drop(&mut self) {
-        // Whoever took it away has saved us the work.
-        let _ = fs::remove_file(&self.0);
+        // Another process may have written itself into it since.
+        let text = fs::read_to_string(&self.path).unwrap_or_default();
+        if text == own_id() || (self.is_new && text.is_empty()) {
+            // Whoever took it away has saved us the work.
+            let _ = fs::remove_file(&self.path);
+        }
     }
 }

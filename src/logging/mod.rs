@@ -84,15 +84,19 @@ pub fn start(choice: Option<LogChoice>, level: LevelFilter, name: &str) -> io::R
     Ok(Logging { sender })
 }
 
+/// One message, one line: who can put a line end into a message could make up
+/// others.
+pub fn one_line(text: &str) -> String {
+    text.replace(|c: char| c.is_control(), " ")
+}
+
 /// The thread's life.
 fn write(messages: &Receiver<Message>, mut sink: Sink) {
     let mut unsaid = 0;
     for message in messages {
         match message {
             Message::Line(level, text) => {
-                // One message, one line: who can put a line end into a message
-                // could make up others.
-                let text = text.replace(|c: char| c.is_control(), " ");
+                let text = one_line(&text);
                 unsaid += LOST.swap(0, Ordering::Relaxed) + u64::from(!sink.write(level, &text));
                 if unsaid > 0 && sink.write(Level::Warn, &format!("{unsaid} messages lost")) {
                     unsaid = 0;

@@ -60,6 +60,10 @@ pub(super) fn open(options: &Options) -> Result<Export, ServeError> {
         }
     }
 
+    if options.image.create.is_some() && !options.image.path.exists() {
+        // What is refused is refused before the image is made.
+        load_state(options)?;
+    }
     let image = Arc::new(Image::open(&options.image).map_err(ServeError::Image)?);
     let bounds = image.bounds().map_err(|why| {
         ServeError::Image(ImageError {
@@ -72,13 +76,9 @@ pub(super) fn open(options: &Options) -> Result<Export, ServeError> {
         log::warn!("image {path}: its last {bytes} bytes make no whole sector and are cut off");
     }
 
-    let real_path = std::fs::canonicalize(image.path()).map_err(system("resolving the image"))?;
-    let file = StateFile::new(&options.state_dir, &address.to_string(), &real_path);
-    let state = match file.load().map_err(ServeError::State)? {
-        Some(text) => WireState::from_text(&text)
-            .map_err(|e| ServeError::BadState(file.path().to_owned(), e))?,
-        None => WireState::default(),
-    };
+    // Only now that the image is locked: whoever served it before us writes
+    // its state no more.
+    let (file, state) = load_state(options)?;
 
     let backing: Arc<dyn Backing> = Arc::<Image>::clone(&image);
     let pool = Pool::start(backing, tuneup.disk_threads).map_err(system("starting threads"))?;
@@ -121,6 +121,26 @@ pub(super) fn open(options: &Options) -> Result<Export, ServeError> {
         _claims: claims,
         rival_logged: None,
     })
+}
+
+/// The file of the wire's state, and what it holds.
+fn load_state(options: &Options) -> Result<(StateFile, WireState), ServeError> {
+    let path = &options.image.path;
+    // An image that is yet to be made has no path of its own to resolve.
+    let in_folder = || {
+        let folder = std::fs::canonicalize(path.parent()?).ok()?;
+        Some(folder.join(path.file_name()?))
+    };
+    let real_path = std::fs::canonicalize(path).ok().or_else(in_folder);
+    let real_path = real_path.unwrap_or_else(|| path.clone());
+    let address = options.address.to_string();
+    let file = StateFile::new(&options.state_dir, &address, &real_path);
+    let state = match file.load().map_err(ServeError::State)? {
+        Some(text) => WireState::from_text(&text)
+            .map_err(|e| ServeError::BadState(file.path().to_owned(), e))?,
+        None => WireState::default(),
+    };
+    Ok((file, state))
 }
 
 /// Takes the address on this interface among the processes of this machine,

@@ -123,7 +123,16 @@ impl fmt::Display for ImageError {
             ImageTrouble::Busy => {
                 f.write_str("the device is in use (mounted, or part of another); free it first")
             }
-            ImageTrouble::System(what, e) => write!(f, "{what}: {e}"),
+            ImageTrouble::System(what, e) => {
+                write!(f, "{what}: {e}")?;
+                match e.kind() {
+                    io::ErrorKind::ReadOnlyFilesystem => f.write_str("; serve it with -r"),
+                    io::ErrorKind::PermissionDenied => {
+                        f.write_str("; run as who may write it, or with -r as who may read it")
+                    }
+                    _ => Ok(()),
+                }
+            }
         }
     }
 }

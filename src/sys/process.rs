@@ -47,18 +47,19 @@ pub fn detach() -> io::Result<Detached> {
 }
 
 impl Terminal {
-    /// Lets go: standard streams to /dev/null, and `result` to the parent.
-    pub fn release(mut self, result: Result<(), String>) -> io::Result<()> {
-        match &result {
-            Ok(()) => {
-                // Without /dev/null (a bare initramfs) the streams stay.
-                if let Ok(null) = OpenOptions::new().read(true).write(true).open("/dev/null") {
-                    dup2_stdin(&null)?;
-                    dup2_stdout(&null)?;
-                    dup2_stderr(&null)?;
-                }
-                self.0.write_all(b"+")
+    /// Lets go: standard streams to /dev/null, and `result` to the parent, who
+    /// says it to the terminal. Standard error stays if messages go there.
+    pub fn release(mut self, result: Result<(), String>, keep_stderr: bool) -> io::Result<()> {
+        // Without /dev/null (a bare initramfs) the streams stay.
+        if let Ok(null) = OpenOptions::new().read(true).write(true).open("/dev/null") {
+            dup2_stdin(&null)?;
+            dup2_stdout(&null)?;
+            if !keep_stderr || result.is_err() {
+                dup2_stderr(&null)?;
             }
+        }
+        match &result {
+            Ok(()) => self.0.write_all(b"+"),
             Err(why) => self.0.write_all(why.as_bytes()),
         }
     }
