@@ -80,7 +80,13 @@ pub fn run(options: &Options, terminal: Option<Terminal>) -> Result<(), DaemonEr
                 .and(Err(e));
         }
     };
-    Ok(export.run(&signals)?)
+    let result = export.run(&signals);
+    if result.is_err() {
+        // Its threads may hang in the disk; letting it go would wait for them,
+        // and the end of the process does not.
+        std::mem::forget(export);
+    }
+    Ok(result?)
 }
 
 fn begin(options: &Options) -> Result<(Export, Signals, Option<PidFile>), DaemonError> {

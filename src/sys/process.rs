@@ -48,7 +48,7 @@ pub fn detach() -> io::Result<Detached> {
 
 impl Terminal {
     /// Lets go: standard streams to /dev/null, and `result` to the parent, who
-    /// says it to the terminal. Standard error stays if messages go there.
+    /// says it to the terminal. Goes to the root. Standard error stays if messages go there.
     pub fn release(mut self, result: Result<(), String>, keep_stderr: bool) -> io::Result<()> {
         // Without /dev/null (a bare initramfs) the streams stay.
         if let Ok(null) = OpenOptions::new().read(true).write(true).open("/dev/null") {
@@ -58,6 +58,8 @@ impl Terminal {
                 dup2_stderr(&null)?;
             }
         }
+        // All paths are absolute; a directory in use could not be unmounted.
+        nix::unistd::chdir("/")?;
         match &result {
             Ok(()) => self.0.write_all(b"+"),
             Err(why) => self.0.write_all(why.as_bytes()),

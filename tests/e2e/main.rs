@@ -9,6 +9,7 @@
 
 mod cli;
 mod floors;
+mod life;
 mod nics;
 mod rival;
 mod serve;

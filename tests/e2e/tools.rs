@@ -1,8 +1,10 @@
 //! What the tests of a target's life need beyond [`support`](crate::support).
 
 use std::collections::BTreeMap;
+use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io::{Read, Seek, SeekFrom};
+use std::os::unix::net::UnixDatagram;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -13,9 +15,11 @@ use std::time::{Duration, Instant};
 use aoede::wire::MacAddr;
 use initiator::client::{Client, Patience};
 use initiator::frame::{CONFIG, Reply, SECTOR};
-use initiator::lab::{Deadline, Namespace, Process, Veth, wait_until};
+use initiator::lab::{Deadline, Namespace, Need, Process, Spawn, Veth, wait_until};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+
+use crate::support::{AOEDE, Store};
 
 /// How long to wait for what is due at once, on a machine that is busy.
 pub fn soon() -> Deadline {
@@ -489,4 +493,152 @@ pub fn timed<T>(f: impl FnOnce() -> T) -> (T, Duration) {
     let start = Instant::now();
     let value = f();
     (value, start.elapsed())
+}
+
+/// A /dev of a test's own, with `null` and room for `log`, for programs that
+/// are started through [`inside`](PrivateDev::inside).
+pub struct PrivateDev {
+    dir: tempfile::TempDir,
+}
+
+impl PrivateDev {
+    /// What [`inside`](PrivateDev::inside) needs.
+    pub const NEEDS: [Need<'static>; 3] = [
+        Need::Network,
+        Need::Program("unshare"),
+        Need::Program("mknod"),
+    ];
+
+    /// With nothing at /dev/log.
+    pub fn new() -> PrivateDev {
+        let dir = tempfile::tempdir().unwrap();
+        sh(&format!("mknod -m 666 {}/null c 1 3", dir.path().display()));
+        PrivateDev { dir }
+    }
+
+    /// A log daemon's socket at /dev/log.
+    pub fn log(&self) -> UnixDatagram {
+        let socket = UnixDatagram::bind(self.path()).unwrap();
+        socket
+            .set_read_timeout(Some(Duration::from_secs(10)))
+            .unwrap();
+        socket
+    }
+
+    /// Takes the name away from such a socket.
+    pub fn unlink(&self) {
+        fs::remove_file(self.path()).unwrap();
+    }
+
+    fn path(&self) -> PathBuf {
+        self.dir.path().join("log")
+    }
+
+    /// Arguments by which a program runs with this /dev: they, then the
+    /// program's own. The process keeps its id.
+    pub fn inside(&self) -> Vec<OsString> {
+        let script = "mount --bind \"$0\" /dev; exec \"$@\"";
+        let words = ["unshare", "-m", "sh", "-ec", script];
+        let mut all: Vec<OsString> = words.map(OsString::from).to_vec();
+        all.push(self.dir.path().into());
+        all
+    }
+}
+
+/// The next message of a log daemon's socket that contains `pattern`.
+pub fn logged(log: &UnixDatagram, pattern: &str) -> String {
+    let mut buf = [0; 4096];
+    let mut seen = Vec::new();
+    loop {
+        let len = match log.recv(&mut buf) {
+            Ok(len) => len,
+            Err(e) => panic!("'{pattern}' was not logged ({e}): {seen:?}"),
+        };
+        let text = String::from_utf8_lossy(&buf[..len]).into_owned();
+        if text.contains(pattern) {
+            return text;
+        }
+        seen.push(text);
+    }
+}
+
+/// Starts a target as e1.1 below strace, which injects what these expressions
+/// say; returns it and the file of strace's lines. It is the target that has
+/// the process id and gets the signals.
+pub fn traced(
+    namespace: &Namespace,
+    store: &Store,
+    nics: &[&str],
+    options: &[&str],
+    expressions: &[&str],
+) -> (Process, PathBuf) {
+    let lines = store.path().join("strace.out");
+    let mut spawn = Spawn::new("strace")
+        .inside(namespace)
+        .args(["-D", "-f", "-qq", "--seccomp-bpf", "-o"])
+        .arg(&lines);
+    for expression in expressions {
+        spawn = spawn.args(["-e", expression]);
+    }
+    let mut process = spawn
+        .arg(AOEDE)
+        .args(options.iter().copied())
+        .args(["1", "1"])
+        .args(nics.iter().copied())
+        .arg(store.image())
+        .arg("--state-dir")
+        .arg(store.state())
+        .start()
+        .unwrap();
+    process
+        .wait_for_line(": e1.1, ", Deadline::seconds(20))
+        .unwrap();
+    (process, lines)
+}
+
+/// Attaches strace to a running target; what these expressions inject lasts
+/// until this is dropped.
+pub fn trouble(target: &Process, expressions: &[&str]) -> Process {
+    let mut spawn = Spawn::new("strace")
+        .args(["-f", "-o", "/dev/null", "-p"])
+        .arg(target.pid().to_string());
+    for expression in expressions {
+        spawn = spawn.args(["-e", expression]);
+    }
+    let mut strace = spawn.start().unwrap();
+    strace.wait_for_line("attached", soon()).unwrap();
+    strace
+}
+
+/// A loop device on a file.
+pub struct Loop {
+    /// Its path.
+    pub path: PathBuf,
+}
+
+impl Loop {
+    /// What loop devices need.
+    pub const NEEDS: [Need<'static>; 3] = [
+        Need::Network,
+        Need::Program("losetup"),
+        Need::Path("/dev/loop-control"),
+    ];
+
+    /// One with sectors of so many bytes.
+    pub fn new(file: &Path, sector: usize) -> Loop {
+        let name = sh(&format!(
+            "losetup --find --show --sector-size {sector} {}",
+            file.display()
+        ));
+        Loop { path: name.into() }
+    }
+}
+
+impl Drop for Loop {
+    fn drop(&mut self) {
+        let detached = Command::new("losetup").arg("-d").arg(&self.path).status();
+        if !detached.is_ok_and(|status| status.success()) {
+            eprintln!("{} is left behind", self.path.display());
+        }
+    }
 }
