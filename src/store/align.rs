@@ -65,7 +65,7 @@ pub(super) fn verify(backing: &dyn Backing, at: u64, len: usize) -> io::Result<(
 
 /// Discards, with zeros written to what is left of the blocks at both ends.
 pub(super) fn discard(backing: &dyn Backing, at: u64, len: u64) -> io::Result<()> {
-    let align = backing.align() as u64;
+    let align = backing.discard_align() as u64;
     let first = at.next_multiple_of(align);
     let end = at + len;
     let last = end - end % align;

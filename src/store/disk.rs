@@ -32,6 +32,11 @@ pub trait Backing: BlockFile {
         1
     }
 
+    /// Offsets and lengths of discards must be multiples of this.
+    fn discard_align(&self) -> usize {
+        self.align()
+    }
+
     /// What to call it in messages.
     fn name(&self) -> String {
         "memory".into()

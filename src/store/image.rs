@@ -84,6 +84,8 @@ pub enum ImageTrouble {
     Locked,
     /// The block device is in use.
     Busy,
+    /// The block device takes no writes.
+    ReadOnlyDevice,
     /// A system call failed, and which.
     System(&'static str, io::Error),
 }
@@ -123,6 +125,9 @@ impl fmt::Display for ImageError {
             ImageTrouble::Busy => {
                 f.write_str("the device is in use (mounted, or part of another); free it first")
             }
+            ImageTrouble::ReadOnlyDevice => {
+                f.write_str("the device takes no writes; serve it with -r")
+            }
             ImageTrouble::System(what, e) => {
                 write!(f, "{what}: {e}")?;
                 match e.kind() {
@@ -147,6 +152,7 @@ pub struct Image {
     window: Window,
     is_device: bool,
     align: u32,
+    discard_align: u32,
     direct: bool,
     physical: u64,
     can_discard: bool,
@@ -188,6 +194,9 @@ impl Image {
         let metadata = file.metadata().map_err(step("looking at it"))?;
         let device = is_device.then(|| block_device(&file)).transpose();
         let device = device.map_err(step("asking the device"))?;
+        if device.is_some_and(|d| d.read_only) && !options.read_only {
+            return Err(ImageTrouble::ReadOnlyDevice);
+        }
         let physical = match device {
             Some(device) => u64::from(device.physical),
             None => metadata.blksize(),
@@ -204,6 +213,8 @@ impl Image {
             window: options.window,
             is_device,
             align,
+            // Past the page cache or not, a device discards whole sectors.
+            discard_align: align.max(device.map_or(1, |d| d.logical)),
             direct: options.direct,
             physical: if physical.is_power_of_two() {
                 physical.clamp(512, 1 << 20)
@@ -347,6 +358,10 @@ impl Backing for Image {
 
     fn align(&self) -> usize {
         self.align as usize
+    }
+
+    fn discard_align(&self) -> usize {
+        self.discard_align as usize
     }
 
     fn name(&self) -> String {

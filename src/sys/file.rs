@@ -70,6 +70,7 @@ mod ioctl {
     nix::ioctl_read!(blkgetsize64, 0x12, 114, u64);
     nix::ioctl_read_bad!(blkpbszget, libc::BLKPBSZGET, u32);
     nix::ioctl_read_bad!(blksszget, libc::BLKSSZGET, i32);
+    nix::ioctl_read_bad!(blkroget, nix::request_code_none!(0x12, 94), i32);
 }
 
 /// The numbers of a block device.
@@ -81,21 +82,25 @@ pub struct BlockDevice {
     pub logical: u32,
     /// The smallest unit it writes without reading, in bytes.
     pub physical: u32,
+    /// Whether it takes no writes. Opening it for them works all the same.
+    pub read_only: bool,
 }
 
 /// Asks a block device for its numbers.
 pub fn block_device(file: &File) -> io::Result<BlockDevice> {
-    let (mut bytes, mut physical, mut logical) = (0u64, 0u32, 0i32);
+    let (mut bytes, mut physical, mut logical, mut read_only) = (0u64, 0u32, 0i32, 0i32);
     let fd = file.as_raw_fd();
     // SAFETY: each request writes one number of the type given.
     unsafe {
         ioctl::blkgetsize64(fd, &mut bytes)?;
         ioctl::blkpbszget(fd, &mut physical)?;
         ioctl::blksszget(fd, &mut logical)?;
+        ioctl::blkroget(fd, &mut read_only)?;
     }
     Ok(BlockDevice {
         bytes,
         logical: logical.max(512) as u32,
         physical: physical.max(512),
+        read_only: read_only != 0,
     })
 }

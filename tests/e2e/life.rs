@@ -19,8 +19,8 @@ use nix::unistd::Pid;
 
 use crate::support::{AOEDE, AOEDED, Store, command, serve, stop};
 use crate::tools::{
-    Frozen, Killed, Lab, Load, PrivateDev, Stray, Temper, advertisement, logged, run, sector, soon,
-    state_of, timed, trouble,
+    Frozen, Killed, Lab, Load, PrivateDev, Stray, Temper, advertisement, ata_replies, logged, run,
+    sector, soon, state_of, timed, trouble,
 };
 
 const IMAGE: u64 = 2048;
@@ -663,14 +663,11 @@ fn a_target_that_stood_still_goes_on_where_it_was() {
     let target = serve(&lab.host, &store, &["tgt0"], &[]);
     let mut client = lab.client(0);
     let frozen = Frozen::new(&target);
-    let sent: Vec<Vec<u8>> = (0..50)
-        .map(|lba| client.send(&Frame::write(lba, &sector(lba, 1))).unwrap())
-        .collect();
-    assert!(client.drain().unwrap().is_empty());
+    for lba in 0..50 {
+        client.send(&Frame::write(lba, &sector(lba, 1))).unwrap();
+    }
     drop(frozen);
-    let deadline = soon();
-    for _ in &sent {
-        let reply = client.recv(deadline.instant()).unwrap().unwrap();
+    for reply in ata_replies(&mut client, 50) {
         assert!(reply.ata().unwrap().is_success(), "{reply:?}");
     }
     stop(target);

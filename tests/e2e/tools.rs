@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use aoede::wire::MacAddr;
 use initiator::client::{Client, Patience};
-use initiator::frame::{CONFIG, Reply, SECTOR};
+use initiator::frame::{ATA, CONFIG, Reply, SECTOR};
 use initiator::lab::{Deadline, Namespace, Need, Process, Spawn, Veth, wait_until};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -105,6 +105,23 @@ pub fn find_advertisement(client: &mut Client, deadline: Deadline) -> Option<Rep
         return Some(reply);
     }
     None
+}
+
+/// The next `count` answers to ATA requests that nobody waited for.
+pub fn ata_replies(client: &mut Client, count: usize) -> Vec<Reply> {
+    let deadline = soon();
+    let mut replies = Vec::new();
+    while replies.len() < count {
+        let Some(reply) = client.recv(deadline.instant()).unwrap() else {
+            panic!("{} of {count} answers came", replies.len());
+        };
+        // Answers to questions asked while it was starting come too.
+        if reply.command() == ATA {
+            assert_eq!(reply.error(), None, "{reply:?}");
+            replies.push(reply);
+        }
+    }
+    replies
 }
 
 /// Sectors per frame that an advertisement tells.
