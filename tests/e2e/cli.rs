@@ -490,7 +490,7 @@ fn bytes_that_make_no_sector_are_cut_off_and_said_so() {
 }
 
 /// A target of slot `slot`.
-fn in_slot<'a>(lab: &'a Lab, store: &Store, slot: &str, options: &[&str]) -> Spawn<'a> {
+fn in_slot(lab: &Lab, store: &Store, slot: &str, options: &[&str]) -> Spawn {
     Spawn::new(AOEDE)
         .inside(&lab.host)
         .args(["1", slot, "tgt0"])

@@ -27,12 +27,7 @@ fn serve_path(namespace: &Namespace, store: &Store, image: &Path, options: &[&st
     target
 }
 
-fn on_path<'a>(
-    namespace: &'a Namespace,
-    store: &Store,
-    image: &Path,
-    options: &[&str],
-) -> Spawn<'a> {
+fn on_path(namespace: &Namespace, store: &Store, image: &Path, options: &[&str]) -> Spawn {
     Spawn::new(AOEDE)
         .inside(namespace)
         .args(options.iter().copied())

@@ -272,6 +272,44 @@ fn usr_signals_in_any_number_end_nothing() {
     stop(target);
 }
 
+#[test]
+fn usr1_and_usr2_back_to_back_are_always_one_and_one() {
+    if !lab::require("USR1 and USR2 back to back", &[Need::Network]) {
+        return;
+    }
+    let (lab, store) = (Lab::new(1, 1500), Store::new(IMAGE));
+    let mut target = serve(&lab.host, &store, &["tgt0"], &[]);
+    thread::scope(|scope| {
+        let load = Load::start(scope, &lab.peer, "ini0", 0, Temper::Strict);
+        for round in 0..200 {
+            let count = 1 + round % 2;
+            for n in 0..count {
+                if n > 0 {
+                    // What senders owe: two that are pending would be one.
+                    wait_until("the first USR1 to be counted", soon(), || {
+                        is_nothing_pending(&target)
+                    })
+                    .unwrap();
+                }
+                target.signal(Signal::SIGUSR1).unwrap();
+            }
+            target.signal(Signal::SIGUSR2).unwrap();
+            let line = target.wait_for_line("USR2 after", soon()).unwrap();
+            assert!(line.contains(&format!("after {count} USR1")), "{line}");
+        }
+        load.goes_on();
+        load.end();
+    });
+    stop(target);
+}
+
+/// Whether every signal that was sent to a process has reached its handler.
+fn is_nothing_pending(target: &Process) -> bool {
+    let text = fs::read_to_string(format!("/proc/{}/status", target.pid())).unwrap();
+    let pending = text.lines().find(|l| l.starts_with("ShdPnd:"));
+    pending.is_some_and(|l| l.ends_with("0000000000000000"))
+}
+
 /// Starts a target whose standard output or error is this descriptor.
 fn with_streams(lab: &Lab, store: &Store, out: impl AsFd, err: impl AsFd) -> Killed {
     let mut command = Command::new(AOEDE);
@@ -631,11 +669,8 @@ fn a_disk_that_hangs_does_not_keep_the_process() {
             target.signal(Signal::SIGTERM).unwrap();
             if twice {
                 // Two that are pending together would be one.
-                let status = format!("/proc/{}/status", target.pid());
                 wait_until("the first to be taken in", soon(), || {
-                    let text = fs::read_to_string(&status).unwrap();
-                    let pending = text.lines().find(|l| l.starts_with("ShdPnd:"));
-                    pending.is_some_and(|l| l.ends_with("0000000000000000"))
+                    is_nothing_pending(&target)
                 })
                 .unwrap();
                 target.signal(Signal::SIGTERM).unwrap();

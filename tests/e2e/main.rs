@@ -14,6 +14,7 @@ mod life;
 mod nics;
 mod rival;
 mod serve;
+mod static_build;
 mod support;
 mod tools;
 mod vm;

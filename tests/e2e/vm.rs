@@ -9,7 +9,7 @@ use initiator::lab::{self, Deadline, Namespace, Need, Process, Spawn, Tap};
 
 use crate::support::{Store, serve, stop};
 
-const QEMU: &str = "qemu-system-x86_64";
+pub const QEMU: &str = "qemu-system-x86_64";
 const IPXE: &str = "/usr/lib/ipxe/ipxe.lkrn";
 /// Software emulation on a busy machine; the slowest scenario takes ten seconds
 /// on an idle one.
@@ -33,7 +33,7 @@ fn here(name: &str) -> PathBuf {
 }
 
 /// The guest's kernel and initramfs, made at most once at a time.
-fn guest() -> PathBuf {
+pub fn guest() -> PathBuf {
     static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
     let _guard = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
     let out = Path::new(env!("CARGO_TARGET_TMPDIR")).join("vm");
@@ -43,7 +43,7 @@ fn guest() -> PathBuf {
 }
 
 /// Taps `tap0`, `tap1`, .. in a namespace.
-fn taps(namespace: &Namespace, count: usize, mtu: u32) -> (Vec<Tap>, Vec<String>) {
+pub fn taps(namespace: &Namespace, count: usize, mtu: u32) -> (Vec<Tap>, Vec<String>) {
     let names: Vec<String> = (0..count).map(|n| format!("tap{n}")).collect();
     let taps = names
         .iter()
@@ -53,7 +53,7 @@ fn taps(namespace: &Namespace, count: usize, mtu: u32) -> (Vec<Tap>, Vec<String>
 }
 
 /// A machine whose NICs are these taps and whose console is its output.
-fn machine(namespace: &Namespace, taps: &[String], memory: &str) -> Spawn {
+pub fn machine(namespace: &Namespace, taps: &[String], memory: &str) -> Spawn {
     let mut spawn = Spawn::new(QEMU)
         .inside(namespace)
         .args([
