@@ -677,6 +677,15 @@ fn a_slow_read_keeps_nobody_else_waiting() {
         waited >= DELAY,
         "nothing was slow: {waited:?} for {request:?}"
     );
+    // More than can wait: what is too much is dropped, and memory is bounded.
+    for n in 0..3000 {
+        client.send(&Frame::read(20_000 + 8 * n, 1)).unwrap();
+    }
+    let ((), time) = timed(|| {
+        other.config_read().unwrap();
+        assert_eq!(other.read(0, 1).unwrap(), sector(0, 1));
+    });
+    assert!(time < AT_ONCE, "{time:?}");
     drop(slow);
     stop(target);
 }

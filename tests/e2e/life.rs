@@ -6,7 +6,7 @@ use std::io::Write;
 use std::os::fd::AsFd;
 use std::os::unix::fs::MetadataExt;
 use std::process::Command;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 use std::time::Duration;
 
@@ -19,8 +19,8 @@ use nix::unistd::Pid;
 
 use crate::support::{AOEDE, AOEDED, Store, command, serve, stop};
 use crate::tools::{
-    Frozen, Killed, Lab, Load, PrivateDev, Stray, Temper, advertisement, ata_replies, logged, run,
-    sector, soon, state_of, timed, trouble,
+    Frozen, Killed, Lab, Load, PrivateDev, Stray, Temper, advertisement, ata_replies,
+    find_advertisement, logged, run, sector, soon, state_of, timed, trouble,
 };
 
 const IMAGE: u64 = 2048;
@@ -711,4 +711,200 @@ fn a_target_that_stood_still_goes_on_where_it_was() {
         let at = lba as usize * SECTOR;
         assert_eq!(image[at..at + SECTOR], sector(lba, 1));
     }
+}
+
+#[test]
+fn a_flood_of_requests_keeps_no_signal_waiting() {
+    if !lab::require("TERM in a flood", &[Need::Network]) {
+        return;
+    }
+    for engine in ["receive=ring", "receive=recvmmsg"] {
+        let (lab, store) = (Lab::new(2, 1500), Store::new(IMAGE));
+        let mut target = serve(&lab.host, &store, &["tgt0", "tgt1"], &["--set", engine]);
+        let mut client = lab.client(0);
+        let mut other = lab.listener(1);
+        let flooding = AtomicBool::new(true);
+        thread::scope(|scope| {
+            scope.spawn(|| {
+                let read = Frame::read(1, 2).encode(&client.defaults());
+                while flooding.load(Ordering::Relaxed) {
+                    // It may be lost, as frames are; there are others.
+                    let _ = client.send_raw(&read);
+                }
+            });
+            target.signal(Signal::SIGHUP).unwrap();
+            let heard = find_advertisement(&mut other, soon());
+            target.signal(Signal::SIGTERM).unwrap();
+            let (status, time) = timed(|| target.wait(soon()));
+            flooding.store(false, Ordering::Relaxed);
+            assert!(heard.is_some(), "HUP was not heard");
+            assert_eq!(status.unwrap().code(), Some(0));
+            assert!(time < A_SECOND, "{time:?}");
+        });
+    }
+}
+
+#[test]
+fn a_state_that_cannot_be_saved_refuses_the_change_and_nothing_else() {
+    if !lab::require("a state directory that is gone", &[Need::Network]) {
+        return;
+    }
+    let (lab, store) = (Lab::new(1, 1500), Store::new(IMAGE));
+    let mut target = serve(&lab.host, &store, &["tgt0"], &[]);
+    let mut client = lab.client(0);
+    client.config_force(b"old").unwrap();
+    fs::remove_dir_all(store.state()).unwrap();
+    fs::write(store.state(), "in the way").unwrap();
+    for frame in [
+        Frame::config(4, b"new"),
+        Frame::mask_edit(&[Directive::add(client.mac())]),
+        Frame::reserve(1, &[client.mac()]),
+    ] {
+        let refused = client.call(&frame).unwrap();
+        assert_eq!(refused.error(), Some(2), "{refused:?}");
+    }
+    let line = target.wait_for_line("saving", soon()).unwrap();
+    assert!(line.contains("error") && line.contains("state"), "{line}");
+    assert_eq!(client.config_read().unwrap().string, b"old");
+    assert!(client.mask_read().unwrap().list.is_empty());
+    assert!(client.reserve(0, &[]).unwrap().list.is_empty());
+    client.write(1, &[1; SECTOR]).unwrap();
+    fs::remove_file(store.state()).unwrap();
+    client.config_force(b"new").unwrap();
+    stop(target);
+    let target = serve(&lab.host, &store, &["tgt0"], &[]);
+    assert_eq!(client.config_read().unwrap().string, b"new");
+    stop(target);
+}
+
+#[test]
+fn a_save_that_takes_its_time_keeps_nobody_waiting() {
+    let needs = [Need::Network, Need::Program("strace")];
+    if !lab::require("a slow save", &needs) {
+        return;
+    }
+    const DELAY: Duration = Duration::from_secs(2);
+    let (lab, store) = (Lab::new(2, 1500), Store::new(IMAGE));
+    let target = serve(&lab.host, &store, &["tgt0", "tgt1"], &[]);
+    let (mut client, mut other) = (lab.client(0), lab.client(1));
+    client.config_force(b"old").unwrap();
+    let _slow = trouble(
+        &target,
+        &["trace=fsync", "inject=fsync:delay_enter=2000000"],
+    );
+    let ((), time) = timed(|| {
+        client.patience.resend = None;
+        let request = client.send(&Frame::config(4, b"new")).unwrap();
+        let ((), time) = timed(|| {
+            // Nobody sees what is not saved.
+            assert_eq!(other.config_read().unwrap().string, b"old");
+            other.write(1, &[1; SECTOR]).unwrap();
+            assert_eq!(other.read(1, 1).unwrap(), [1; SECTOR]);
+            other.identify().unwrap();
+        });
+        assert!(time < DELAY / 2, "{time:?}");
+        let deadline = soon();
+        while client
+            .recv(deadline.instant())
+            .unwrap()
+            .unwrap()
+            .tag_bytes()
+            != request[20..24]
+        {}
+    });
+    assert!(time >= DELAY, "acknowledged before it was saved: {time:?}");
+    assert_eq!(other.config_read().unwrap().string, b"new");
+}
+
+#[test]
+fn an_image_that_loses_its_name_is_served_to_the_end() {
+    if !lab::require("an image removed", &[Need::Network]) {
+        return;
+    }
+    let (lab, store) = (Lab::new(1, 1500), Store::new(IMAGE));
+    let target = serve(&lab.host, &store, &["tgt0"], &[]);
+    let mut client = lab.client(0);
+    client.write(1, &[1; SECTOR]).unwrap();
+    fs::remove_file(store.image()).unwrap();
+    target.signal(Signal::SIGHUP).unwrap();
+    client.config_force(b"still here").unwrap();
+    assert_eq!(client.identify().unwrap().sectors(), IMAGE);
+    assert_eq!(client.read(1, 1).unwrap(), [1; SECTOR]);
+    client.flush().unwrap();
+    stop(target);
+}
+
+#[test]
+fn an_ordinary_user_serves_with_cap_net_raw_alone() {
+    let needs = [Need::Network, Need::Program("setpriv")];
+    if !lab::require("serving without root", &needs) {
+        return;
+    }
+    let (lab, store) = (Lab::new(1, 1500), Store::new(IMAGE));
+    // Where the build is may be nobody else's business.
+    let program = store.path().join("aoede");
+    fs::copy(AOEDE, &program).unwrap();
+    let nobody = Some(65_534);
+    for path in [store.path(), &store.image(), &program] {
+        std::os::unix::fs::chown(path, nobody, nobody).unwrap();
+    }
+    let mut target = Spawn::new("setpriv")
+        .inside(&lab.host)
+        .args(["--reuid=65534", "--regid=65534", "--clear-groups"])
+        .args(["--inh-caps=+net_raw", "--ambient-caps=+net_raw"])
+        .arg("--bounding-set=-all,+net_raw")
+        .arg(&program)
+        .args(["1", "1", "tgt0"])
+        .arg(store.image())
+        .arg("--state-dir")
+        .arg(store.state())
+        .start()
+        .unwrap();
+    target.wait_for_line(": e1.1, ", soon()).unwrap();
+    let mut client = lab.client(0);
+    client.write(1, &[1; SECTOR]).unwrap();
+    client.config_force(b"mine").unwrap();
+    // Links are followed without the right to change them.
+    client.drain().unwrap();
+    lab.host.set_mtu("tgt0", 1200).unwrap();
+    advertisement(&mut client, soon());
+    assert_eq!(client.read(1, 1).unwrap(), [1; SECTOR]);
+    stop(target);
+}
+
+#[test]
+fn aoeded_whose_process_dies_in_the_start_says_so() {
+    if !lab::require("aoeded killed in the start", &[Need::Network]) {
+        return;
+    }
+    let (lab, store) = (Lab::new(1, 1500), Store::new(IMAGE));
+    let _child = Stray::new(&store.path().join("pid"));
+    let mut parent = Spawn::new(AOEDED)
+        .inside(&lab.host)
+        .args(["1", "1", "tgt0", "--set", "address_probe=5000"])
+        .arg("--pid-file")
+        .arg(store.path().join("pid"))
+        .arg(store.image())
+        .arg("--state-dir")
+        .arg(store.state())
+        .start()
+        .unwrap();
+    let pid = parent.pid();
+    let children = format!("/proc/{pid}/task/{pid}/children");
+    let mut child = None;
+    wait_until("its child", soon(), || {
+        let text = fs::read_to_string(&children).unwrap_or_default();
+        child = text.trim().parse().ok().map(Pid::from_raw);
+        child.is_some()
+    })
+    .unwrap();
+    nix::sys::signal::kill(child.unwrap(), Signal::SIGKILL).unwrap();
+    let status = parent.wait(soon()).unwrap();
+    assert_eq!(status.code(), Some(1), "{:?}", parent.output());
+    assert!(
+        parent.output().iter().any(|l| l.contains("died")),
+        "{:?}",
+        parent.output()
+    );
+    stop(serve(&lab.host, &store, &["tgt0"], &[]));
 }

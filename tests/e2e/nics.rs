@@ -586,3 +586,73 @@ fn a_single_request_waits_for_no_timer() {
         stop(target);
     }
 }
+
+#[test]
+fn those_on_the_masks_and_nobody_else_hear_of_a_link_that_is_back() {
+    if !lab::require("advertising to masks", &[Need::Network]) {
+        return;
+    }
+    const HOSTS: u8 = 150;
+    let (lab, store) = (Lab::new(1, 1500), Store::new(IMAGE));
+    let macs: Vec<MacAddr> = (0..HOSTS).map(|n| MacAddr([2, 0, 0, 0, 5, n])).collect();
+    let list: Vec<String> = macs.iter().map(MacAddr::to_string).collect();
+    let mut target = serve(&lab.host, &store, &["tgt0"], &["-m", &list.join(",")]);
+    let mut client = lab.peer.enter(|| Client::open_as("ini0", macs[0]));
+    let client = client.as_mut().unwrap().as_mut().unwrap();
+    client.connect(1, 1).unwrap();
+    for mac in &macs {
+        client.call(&Frame::config(0, b"").from(*mac)).unwrap();
+    }
+    client.drain().unwrap();
+    lab.host.set_up("tgt0", false).unwrap();
+    target.wait_for_line("tgt0: link down", soon()).unwrap();
+    lab.host.set_up("tgt0", true).unwrap();
+    let mut missing = macs;
+    let deadline = soon();
+    while !missing.is_empty() {
+        let reply = client.recv(deadline.instant()).unwrap();
+        let reply = reply.unwrap_or_else(|| panic!("not told: {missing:?}"));
+        assert_eq!((reply.bytes()[14], reply.tag()), (0x18, 0), "{reply:?}");
+        let at = missing.iter().position(|mac| *mac == reply.destination());
+        missing.swap_remove(at.unwrap_or_else(|| panic!("told too often: {reply:?}")));
+    }
+    stop(target);
+}
+
+#[test]
+fn twenty_nics_are_twenty_ways_to_one_disk() {
+    if !lab::require("twenty NICs", &[Need::Network]) {
+        return;
+    }
+    const NICS: usize = 20;
+    let (lab, store) = (Lab::new(NICS, 1500), Store::new(IMAGE));
+    let names: Vec<String> = (0..NICS).map(|n| format!("tgt{n}")).collect();
+    let nics: Vec<&str> = names.iter().map(String::as_str).collect();
+    let small_rings = ["--set", "ring_size=256K"];
+    let target = serve(&lab.host, &store, &nics, &small_rings);
+    let mut clients: Vec<Client> = (0..NICS).map(|n| lab.listener(n)).collect();
+    for (n, client) in clients.iter_mut().enumerate() {
+        client.write(n as u64, &sector(n as u64, 1)).unwrap();
+    }
+    for client in &mut clients {
+        let all = client.read_many(0, NICS).unwrap();
+        for (n, bytes) in all.chunks(SECTOR).enumerate() {
+            assert_eq!(bytes, sector(n as u64, 1));
+        }
+    }
+    // All change together.
+    lab.host
+        .enter(|| {
+            thread::scope(|scope| {
+                for name in &names {
+                    scope.spawn(|| lab.host.set_mtu(name, 1400).unwrap());
+                }
+            });
+        })
+        .unwrap();
+    for client in &mut clients {
+        advertisement(client, soon());
+        client.read(1, 1).unwrap();
+    }
+    stop(target);
+}
