@@ -396,12 +396,16 @@ fn a_reader_of_messages_that_stalls_does_not_stall_us() {
     let target = with_streams(&lab, &store, &nowhere, &write);
     let mut client = lab.client(0);
     // While it was starting it did not answer.
+    client.drain().unwrap();
     client.resent = 0;
-    for round in 0..200 {
-        claim(&mut client);
+    claim(&mut client);
+    // More lines than wait for their turn.
+    for round in 0..1300u32 {
         signal_child(&target, Signal::SIGHUP);
-        client.write(1, &[round; SECTOR]).unwrap();
-        assert_eq!(client.read(1, 1).unwrap(), [round; SECTOR]);
+        advertisement(&mut client, soon());
+        let data = [round as u8; SECTOR];
+        client.write(1, &data).unwrap();
+        assert_eq!(client.read(1, 1).unwrap(), data);
     }
     assert_eq!(client.resent, 0, "something waited");
     // It waits a moment for its last words to be taken, and no longer.
