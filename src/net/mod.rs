@@ -81,6 +81,8 @@ pub enum NicTrouble {
     Unknown,
     /// It is no Ethernet; the number is the kernel's ARPHRD_*.
     NotEthernet(u16),
+    /// It is another one of those named, under another name.
+    Same(String),
     /// Not one sector fits a frame of its MTU.
     MtuTooSmall(u32),
     /// A system call failed, and which.
@@ -97,6 +99,9 @@ impl fmt::Display for NicError {
                     f,
                     "is not Ethernet (type {kind}); AoE needs an Ethernet interface, or lo"
                 )
+            }
+            NicTrouble::Same(other) => {
+                write!(f, "is {other} under another name; name it once")
             }
             NicTrouble::MtuTooSmall(mtu) => {
                 write!(
@@ -251,12 +256,14 @@ impl Nic {
             };
         }
         // Closed before the next is opened, so that no frame comes in twice.
-        self.port = None;
+        let had = self.port.take().is_some();
         match Port::open(&link, options) {
             Ok(port) => {
                 self.port = Some(port);
                 Change::Reopened
             }
+            // Said once, not at every new attempt.
+            Err(_) if !had && before.is_some() => Change::None,
             Err(why) => Change::Lost(NicError {
                 name: self.name.clone(),
                 why,

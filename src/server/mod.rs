@@ -144,6 +144,7 @@ impl Export {
         self.advertise_everywhere();
         let mut stopping: Option<Stopping> = None;
         let mut turns = 0;
+        let mut looked = Instant::now();
         loop {
             let took = stopping.is_none() && self.take_frames();
             let advanced = self.target.has_work();
@@ -180,8 +181,12 @@ impl Export {
             if woken.signals {
                 self.obey(signals, &mut stopping)?;
             }
-            if woken.links || woken.timed_out {
+            // The others may leave no moment in which nothing happens.
+            let missing = self.nics.iter().any(|nic| nic.port.is_none());
+            let retry = missing && looked.elapsed() >= NIC_RETRY;
+            if woken.links || woken.timed_out || retry {
                 self.look_at_links();
+                looked = Instant::now();
             }
         }
     }

@@ -11,7 +11,7 @@ use super::{Export, ServeError, real_time};
 use crate::access::WireState;
 use crate::config::Options;
 use crate::drive::Identity;
-use crate::net::{Nic, NicId, PortOptions, probe};
+use crate::net::{Nic, NicError, NicId, NicTrouble, PortOptions, probe};
 use crate::store::{Backing, Image, ImageError, Pool, StateFile, Volume};
 use crate::sys::link::LinkWatch;
 use crate::target::{Settings, Target};
@@ -47,6 +47,16 @@ pub(super) fn open(options: &Options) -> Result<Export, ServeError> {
     let nics = nics
         .collect::<Result<Vec<_>, _>>()
         .map_err(ServeError::Nic)?;
+    for (n, nic) in nics.iter().enumerate() {
+        // Each of its frames would come in twice.
+        let same = |other: &&Nic| other.link.map(|l| l.index) == nic.link.map(|l| l.index);
+        if let Some(other) = nics[..n].iter().find(same) {
+            return Err(ServeError::Nic(NicError {
+                name: nic.name.clone(),
+                why: NicTrouble::Same(other.name.clone()),
+            }));
+        }
+    }
 
     let mut claims = Vec::new();
     if !options.shared_address {

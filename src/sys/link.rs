@@ -40,7 +40,9 @@ pub struct Link {
 
 /// Looks an interface up. `Ok(None)` if there is none of that name.
 pub fn query(name: &str) -> io::Result<Option<Link>> {
-    if name.is_empty() || name.len() > NAME_MAX || name.bytes().any(|b| b == 0 || b == b'/') {
+    // The kernel cuts what old tools call an alias, "eth0:1", at the colon.
+    let is_odd = |b| matches!(b, 0 | b'/' | b':');
+    if name.is_empty() || name.len() > NAME_MAX || name.bytes().any(is_odd) {
         return Ok(None);
     }
     let flags = SockFlag::SOCK_CLOEXEC;
@@ -136,6 +138,7 @@ mod tests {
             "no-such-nic",
             "a-name-longer-than-fifteen",
             "a/b",
+            "lo:1",
             "a\0b",
         ] {
             assert_eq!(query(name).unwrap(), None, "{name}");

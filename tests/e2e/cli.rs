@@ -246,6 +246,8 @@ fn what_cannot_be_served_is_refused_with_1() {
         .host
         .ip(&["tuntap", "add", "dev", "tun0", "mode", "tun"])
         .unwrap();
+    let alias = ["link", "property", "add", "dev", "tgt0", "altname", "alt0"];
+    bench.lab.host.ip(&alias).unwrap();
     let cases: &[Case] = &[
         (&["1", "1", "tgt0", "no.img"], &["no.img", "--create"]),
         (&["1", "1", "tgt0", "no/no.img"], &["no/no.img"]),
@@ -262,6 +264,12 @@ fn what_cannot_be_served_is_refused_with_1() {
             &["/dev/null", "regular file"],
         ),
         (&["1", "1", "nope0", "disk.img"], &["nope0", "ip link"]),
+        // What old tools call an alias is the same interface once more.
+        (&["1", "1", "tgt0:1", "disk.img"], &["tgt0:1", "ip link"]),
+        (
+            &["1", "1", "tgt0", "alt0", "disk.img"],
+            &["alt0", "tgt0", "once"],
+        ),
         (
             &["1", "1", "tgt0", "nope0", "disk.img"],
             &["nope0", "ip link"],

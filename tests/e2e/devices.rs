@@ -689,3 +689,54 @@ fn a_slow_read_keeps_nobody_else_waiting() {
     drop(slow);
     stop(target);
 }
+
+#[test]
+fn direct_io_on_a_filesystem_of_large_sectors_keeps_neighbours() {
+    let needs = [
+        &Loop::NEEDS[..],
+        &[Need::Program("mkfs.ext4"), Need::Program("unshare")],
+    ]
+    .concat();
+    if !lab::require("-d on a file on 4096-byte sectors", &needs) {
+        return;
+    }
+    let (lab, store) = (Lab::new(1, 1500), Store::new(65_536));
+    let device = Loop::new(&store.image(), 4096);
+    let source = numbered(1024);
+    sh(&format!("mkfs.ext4 -q {}", device.path.display()));
+    let start = |size: u64| {
+        let script = format!(
+            "mount {} /mnt; cp {} /mnt/i; truncate -s {size} /mnt/i; sync /mnt/i; \
+             exec {AOEDE} 1 1 tgt0 -d /mnt/i --state-dir {}",
+            device.path.display(),
+            source.image().display(),
+            store.state().display()
+        );
+        Spawn::new("unshare")
+            .inside(&lab.host)
+            .args(["-m", "sh", "-ec", &script])
+            .start()
+            .unwrap()
+    };
+    let mut target = start(1024 * SECTOR as u64);
+    target.wait_for_line(": e1.1, 1024", soon()).unwrap();
+    let mut client = lab.client(0);
+    for lba in [0, 9, 1023] {
+        client.write(lba, &sector(lba, 2)).unwrap();
+    }
+    let read = client.read_many(0, 1024).unwrap();
+    for (lba, bytes) in (0u64..).zip(read.chunks(SECTOR)) {
+        let generation = if [0, 9, 1023].contains(&lba) { 2 } else { 1 };
+        assert_eq!(bytes, sector(lba, generation), "sector {lba}");
+    }
+    stop(target);
+    // The last block would reach past the end.
+    let mut target = start(1001 * SECTOR as u64);
+    let status = target.wait(soon()).unwrap();
+    assert_eq!(status.code(), Some(1));
+    let output = target.output();
+    assert!(
+        output.iter().any(|l| l.contains("multiples of 4096")),
+        "{output:?}"
+    );
+}

@@ -12,7 +12,7 @@ use nix::unistd::Pid;
 use crate::support::{Store, command, serve, stop};
 use crate::tools::{
     Frozen, Lab, Load, Temper, advertisement, assert_idle, find_advertisement, mac_of, sector,
-    sectors_told, soon, timed,
+    sectors_told, soon, timed, trouble,
 };
 
 const IMAGE: u64 = 4096;
@@ -655,4 +655,38 @@ fn twenty_nics_are_twenty_ways_to_one_disk() {
         client.read(1, 1).unwrap();
     }
     stop(target);
+}
+
+/// What no link event announces must be found by looking again, however busy
+/// the loop is with the other NICs.
+#[test]
+fn a_nic_that_could_not_be_opened_is_tried_again_in_the_middle_of_a_load() {
+    let needs = [Need::Network, Need::Program("strace")];
+    if !lab::require("a NIC that cannot be opened", &needs) {
+        return;
+    }
+    let (lab, store) = (Lab::new(2, 9000), Store::new(IMAGE));
+    let mut target = serve(&lab.host, &store, &["tgt0", "tgt1"], &[]);
+    thread::scope(|scope| {
+        let load = Load::start(scope, &lab.peer, "ini1", 0, Temper::Strict);
+        load.goes_on();
+        let failing = trouble(&target, &["trace=bind", "inject=bind:error=ENOBUFS"]);
+        lab.host.set_mtu("tgt0", 1500).unwrap();
+        let line = target.wait_for_line("tgt0: bind", soon()).unwrap();
+        assert!(line.contains("warning"), "{line}");
+        // Events of other links make it try again, in vain, and say no more.
+        for up in [true, false, true] {
+            lab.host.set_up("lo", up).unwrap();
+            load.goes_on();
+        }
+        drop(failing);
+        target.wait_for_line("tgt0: ", soon()).unwrap();
+        let mut client = lab.client(0);
+        client.read(0, 1).unwrap();
+        load.goes_on();
+        load.end();
+    });
+    let output = stop(target);
+    let said = output.iter().filter(|l| l.contains("tgt0: bind")).count();
+    assert_eq!(said, 1, "{output:?}");
 }
