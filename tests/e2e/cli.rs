@@ -17,7 +17,7 @@ use initiator::lab::{self, Deadline, Namespace, Need, Process, Spawn, wait_until
 use nix::fcntl::{FcntlArg, fcntl};
 
 use crate::support::{AOEDE, AOEDED, Store, command, serve, stop};
-use crate::tools::{Ended, Lab, run, sector, soon, timed};
+use crate::workshop::{Ended, Lab, run, sector, soon, timed};
 
 const IMAGE: u64 = 2048;
 

@@ -12,7 +12,7 @@ use initiator::lab::{self, Deadline, Namespace, Need, Process, Spawn, wait_until
 use nix::sys::signal::Signal;
 
 use crate::support::{AOEDE, Store, serve, stop};
-use crate::tools::{
+use crate::workshop::{
     Lab, Loop, advertisement, ata_replies, run, sector, sh, soon, timed, traced, trouble,
 };
 

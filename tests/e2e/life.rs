@@ -18,7 +18,7 @@ use nix::sys::signal::Signal;
 use nix::unistd::Pid;
 
 use crate::support::{AOEDE, AOEDED, Store, command, serve, stop};
-use crate::tools::{
+use crate::workshop::{
     Frozen, Killed, Lab, Load, PrivateDev, Stray, Temper, advertisement, ata_replies,
     find_advertisement, logged, run, sector, soon, state_of, timed, trouble,
 };

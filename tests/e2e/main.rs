@@ -16,5 +16,5 @@ mod rival;
 mod serve;
 mod static_build;
 mod support;
-mod tools;
 mod vm;
+mod workshop;

@@ -10,7 +10,7 @@ use initiator::lab::{self, Deadline, Namespace, Need, Process, pin, wait_until};
 use nix::unistd::Pid;
 
 use crate::support::{Store, command, serve, stop};
-use crate::tools::{
+use crate::workshop::{
     Frozen, Lab, Load, Temper, advertisement, assert_idle, find_advertisement, mac_of, sector,
     sectors_told, soon, timed, trouble,
 };

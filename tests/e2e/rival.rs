@@ -10,7 +10,7 @@ use initiator::frame::{Frame, SECTOR};
 use initiator::lab::{self, Deadline, Namespace, Need, Process, Spawn};
 
 use crate::support::{AOEDE, Store, command, serve, stop};
-use crate::tools::{Ended, Lab, mac_of, run, soon, timed};
+use crate::workshop::{Ended, Lab, mac_of, run, soon, timed};
 
 const IMAGE: u64 = 2048;
 

@@ -9,8 +9,8 @@ use std::process::Command;
 use initiator::client::Client;
 use initiator::lab::{self, Deadline, Namespace, Need};
 
-use crate::tools::{sector, sh};
 use crate::vm;
+use crate::workshop::{sector, sh};
 
 const TARGET: &str = "x86_64-unknown-linux-gnu";
 /// Software emulation on a busy machine.
