@@ -25,7 +25,10 @@ pub(super) struct Parked {
 enum Pending {
     Read,
     Verify,
-    Write,
+    Write {
+        /// Whether it ends only after a sync.
+        durable: bool,
+    },
     Flush,
     /// The flush before the write cache goes off.
     CacheOff,
@@ -88,7 +91,6 @@ impl Target {
             Order::Read(extent) | Order::Verify(extent) if extent.is_empty() => done(self, head),
             Order::Write(extent, _) if extent.is_empty() => done(self, head),
             Order::Read(extent) => {
-                self.counters.sectors_read += extent.count();
                 let mut ready = None;
                 let action = self.park(parked(Pending::Read), |target, token| {
                     if let Read::Ready(data) = target.volume.read(token, extent)? {
@@ -96,6 +98,9 @@ impl Target {
                     }
                     Ok(ready.is_none())
                 });
+                if !matches!(action, Action::Drop(_)) {
+                    self.counters.sectors_read += extent.count();
+                }
                 match ready {
                     Some(data) => {
                         let body = Some(data);
@@ -118,18 +123,21 @@ impl Target {
                 target.volume.verify(token, extent).map(|()| true)
             }),
             Order::Write(extent, data) => {
-                self.counters.sectors_written += extent.count();
                 let durable = self.is_durable();
-                self.park(parked(Pending::Write), |target, token| {
+                let action = self.park(parked(Pending::Write { durable }), |target, token| {
                     target
                         .volume
                         .write(token, extent, data, durable)
                         .map(|()| true)
-                })
+                });
+                if matches!(action, Action::Parked) {
+                    self.counters.sectors_written += extent.count();
+                }
+                action
             }
             Order::Trim(extents) => {
                 let durable = self.is_durable();
-                self.park(parked(Pending::Write), |target, token| {
+                self.park(parked(Pending::Write { durable }), |target, token| {
                     target
                         .volume
                         .discard(token, &extents, durable)
@@ -234,6 +242,16 @@ impl Target {
                 return;
             }
             self.closing -= 1;
+        }
+        // A write that came while the write cache was on, and ends now that it
+        // goes off: the sync before that may not have seen it, and nothing is
+        // acknowledged any more that is not on stable storage.
+        if ok && what == (Pending::Write { durable: false }) && self.is_durable() {
+            let what = Pending::Write { durable: true };
+            if let Some(id) = self.parked.insert(Parked { what, ..parked }) {
+                self.volume.flush(Token(id));
+                return;
+            }
         }
         let outcome = match (ok, what) {
             (true, _) => drive::SUCCESS,

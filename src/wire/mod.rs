@@ -28,7 +28,7 @@ mod address;
 mod request;
 
 pub use address::{Address, MacAddr, Shelf, Slot};
-pub use request::{Command, Malformed, Origin, Request};
+pub use request::{Command, Malformed, Origin, Request, set_source};
 
 /// The EtherType of AoE.
 pub const ETHERTYPE: u16 = 0x88A2;
