@@ -7,6 +7,7 @@
 //! put a file in memory, or one that fails, in their place.
 
 #![forbid(unsafe_code)]
+#![cfg_attr(test, allow(clippy::unwrap_used))]
 
 mod extent;
 mod file;

@@ -51,12 +51,7 @@ impl Store {
 
 /// A command line for `aoede` as e1.1 on these interfaces: options, positions,
 /// image, state directory.
-pub fn command<'a>(
-    namespace: &'a Namespace,
-    store: &Store,
-    nics: &[&str],
-    options: &[&str],
-) -> Spawn<'a> {
+pub fn command(namespace: &Namespace, store: &Store, nics: &[&str], options: &[&str]) -> Spawn {
     Spawn::new(AOEDE)
         .inside(namespace)
         .dir(store.path())
@@ -97,9 +92,8 @@ impl Wire {
     /// A wire whose frames carry `mtu` bytes.
     pub fn new(mtu: u32) -> Wire {
         let (host, peer) = (Namespace::new().unwrap(), Namespace::new().unwrap());
-        // The kernel keeps the pair as long as the namespaces; leaving them
-        // takes it away.
-        std::mem::forget(Veth::new(("tgt0", &host), ("ini0", &peer), mtu).unwrap());
+        // The pair goes with the namespaces.
+        Veth::new(("tgt0", &host), ("ini0", &peer), mtu).unwrap();
         Wire { host, peer }
     }
 

@@ -43,7 +43,7 @@ fn guest() -> PathBuf {
 }
 
 /// Taps `tap0`, `tap1`, .. in a namespace.
-fn taps(namespace: &Namespace, count: usize, mtu: u32) -> (Vec<Tap<'_>>, Vec<String>) {
+fn taps(namespace: &Namespace, count: usize, mtu: u32) -> (Vec<Tap>, Vec<String>) {
     let names: Vec<String> = (0..count).map(|n| format!("tap{n}")).collect();
     let taps = names
         .iter()
@@ -53,7 +53,7 @@ fn taps(namespace: &Namespace, count: usize, mtu: u32) -> (Vec<Tap<'_>>, Vec<Str
 }
 
 /// A machine whose NICs are these taps and whose console is its output.
-fn machine<'a>(namespace: &'a Namespace, taps: &[String], memory: &str) -> Spawn<'a> {
+fn machine(namespace: &Namespace, taps: &[String], memory: &str) -> Spawn {
     let mut spawn = Spawn::new(QEMU)
         .inside(namespace)
         .args([

@@ -10,7 +10,7 @@ use crate::error::{Error, Result};
 use crate::frame::{
     CONFIG, Defaults, Directive, Frame, Identify, MaskReply, Reply, ReserveReply, SECTOR,
 };
-use crate::port::{Engine, Hear, Port};
+use crate::port::{Hear, Port, Receive};
 
 /// Replies nobody asked for that are kept for [`Client::recv`].
 const STRAYS: usize = 4096;
@@ -68,7 +68,7 @@ pub struct Config {
 
 /// An initiator on one interface.
 pub struct Client {
-    port: Port,
+    pub(crate) port: Port,
     macs: Vec<MacAddr>,
     target: MacAddr,
     shelf: u16,
@@ -87,12 +87,12 @@ impl Client {
     /// Opens an interface of the calling thread's network namespace. Until
     /// [`connect`](Client::connect) it speaks to everyone.
     pub fn open(interface: &str) -> Result<Client> {
-        Client::open_engine(interface, Engine::Recvmmsg)
+        Client::open_receiving(interface, Receive::Recvmmsg)
     }
 
     /// The same, receiving in a chosen way.
-    pub fn open_engine(interface: &str, engine: Engine) -> Result<Client> {
-        let port = Port::open(interface, &Hear::Answers(Vec::new()), engine)?;
+    pub fn open_receiving(interface: &str, receive: Receive) -> Result<Client> {
+        let port = Port::open(interface, &Hear::Answers(Vec::new()), receive)?;
         let macs = vec![port.mac()];
         port.hear(&Hear::Answers(macs.clone()))?;
         Ok(Client {
@@ -212,6 +212,25 @@ impl Client {
             Some(reply) => Ok(Some(reply)),
             None => self.recv_new(deadline),
         }
+    }
+
+    /// The next such frame that is like this, as an advertisement; those before
+    /// it are kept. `None` once the deadline has passed.
+    pub fn recv_like(
+        &mut self,
+        deadline: Instant,
+        like: impl Fn(&Reply) -> bool,
+    ) -> Result<Option<Reply>> {
+        if let Some(at) = self.strays.iter().position(&like) {
+            return Ok(self.strays.remove(at));
+        }
+        while let Some(reply) = self.recv_new(deadline)? {
+            if like(&reply) {
+                return Ok(Some(reply));
+            }
+            self.keep(reply);
+        }
+        Ok(None)
     }
 
     /// All that came in and that no call waited for.

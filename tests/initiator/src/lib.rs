@@ -12,7 +12,9 @@
 //!   away again.
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::expect_used, clippy::panic))]
 
+pub mod answerer;
 pub mod client;
+pub mod engine;
 pub mod error;
 pub mod frame;
 pub mod hostile;

@@ -26,7 +26,7 @@ const SEND_PATIENCE: Duration = Duration::from_secs(2);
 
 /// How frames are received.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Engine {
+pub enum Receive {
     /// A TPACKET_V2 ring.
     Ring,
     /// recvmmsg.
@@ -56,7 +56,7 @@ pub struct Port {
 
 impl Port {
     /// Opens an interface of the calling thread's network namespace.
-    pub fn open(interface: &str, hear: &Hear, engine: Engine) -> Result<Port> {
+    pub fn open(interface: &str, hear: &Hear, receive: Receive) -> Result<Port> {
         let step = |what: &str| Error::system::<io::Error>(format!("{interface}: {what}"));
         let link = link::query(interface)
             .map_err(step("looking it up"))?
@@ -69,9 +69,9 @@ impl Port {
             .ignore_outgoing()
             .map_err(step("PACKET_IGNORE_OUTGOING"))?;
         socket.set_buffers(SOCKET_BUFFER);
-        let receiver = match engine {
-            Engine::Ring => Ring::new(&socket, link.mtu, RING).map(Receiver::Ring),
-            Engine::Recvmmsg => BatchReceiver::new(&socket, link.mtu).map(Receiver::Batch),
+        let receiver = match receive {
+            Receive::Ring => Ring::new(&socket, link.mtu, RING).map(Receiver::Ring),
+            Receive::Recvmmsg => BatchReceiver::new(&socket, link.mtu).map(Receiver::Batch),
         }
         .map_err(step("receive buffers"))?;
         socket.bind(link.index, ETHERTYPE).map_err(step("bind"))?;

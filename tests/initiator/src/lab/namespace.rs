@@ -5,6 +5,7 @@ use std::io;
 use std::panic::resume_unwind;
 use std::path::Path;
 use std::process::{self, Command};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::{env, thread};
 
@@ -20,8 +21,14 @@ static COUNT: AtomicU32 = AtomicU32::new(0);
 static INDEX: AtomicU32 = AtomicU32::new(1000);
 
 /// A network namespace with nothing in it but `lo`, which is up.
+///
+/// Clones are the same namespace. It is taken away with the last of them; a
+/// process in it holds one, so the order of dropping is free.
+#[derive(Clone, Debug)]
+pub struct Namespace(Arc<Inner>);
+
 #[derive(Debug)]
-pub struct Namespace {
+struct Inner {
     name: String,
     handle: File,
 }
@@ -43,7 +50,7 @@ impl Namespace {
                 return Err(Error::System(path.display().to_string(), e));
             }
         };
-        let namespace = Namespace { name, handle };
+        let namespace = Namespace(Arc::new(Inner { name, handle }));
         // From here on dropping takes it away. No IPv6: neighbour discovery
         // would put frames of its own on the wire.
         namespace.sysctl("net/ipv6/conf/default/disable_ipv6", "1")?;
@@ -54,13 +61,13 @@ impl Namespace {
 
     /// Its name, as `ip netns` knows it.
     pub fn name(&self) -> &str {
-        &self.name
+        &self.0.name
     }
 
     /// Runs a closure in a thread that is inside; a panic in it goes on here.
     pub fn enter<T: Send>(&self, run: impl FnOnce() -> T + Send) -> Result<T> {
         let inside = thread::scope(|scope| {
-            let thread = thread::Builder::new().name(self.name.clone());
+            let thread = thread::Builder::new().name(self.name().to_owned());
             let joined = thread
                 .spawn_scoped(scope, || self.join_thread().map(|()| run()))
                 .map_err(Error::system("thread"))?
@@ -68,19 +75,19 @@ impl Namespace {
             joined.unwrap_or_else(|panic| resume_unwind(panic))
         });
         inside.map_err(|e| match e {
-            Error::System(what, e) => Error::System(format!("entering {}: {what}", self.name), e),
+            Error::System(what, e) => Error::System(format!("entering {}: {what}", self.name()), e),
             other => other,
         })
     }
 
     /// Moves the calling thread inside, for good.
     pub fn join_thread(&self) -> Result<()> {
-        setns(&self.handle, CloneFlags::CLONE_NEWNET).map_err(Error::system("setns"))
+        setns(&self.0.handle, CloneFlags::CLONE_NEWNET).map_err(Error::system("setns"))
     }
 
     /// Runs `ip` inside, and says what it printed.
     pub fn ip(&self, arguments: &[&str]) -> Result<String> {
-        ip(&[&["-n", &self.name][..], arguments].concat())
+        ip(&[&["-n", self.name()][..], arguments].concat())
     }
 
     /// Changes the MTU of an interface.
@@ -108,7 +115,7 @@ impl Namespace {
     }
 }
 
-impl Drop for Namespace {
+impl Drop for Inner {
     fn drop(&mut self) {
         if let Err(e) = ip(&["netns", "del", &self.name]) {
             eprintln!("namespace {} is left behind: {e}", self.name);
@@ -116,16 +123,18 @@ impl Drop for Namespace {
     }
 }
 
-/// A cable between two namespaces, or between two ends in one.
+/// A cable between two namespaces, or between two ends in one. It goes with
+/// either of them.
 #[derive(Debug)]
-pub struct Veth<'a> {
-    ends: [(&'a Namespace, String); 2],
+pub struct Veth {
+    /// Each end by the names of its namespace and of its interface.
+    ends: [(String, String); 2],
 }
 
-impl<'a> Veth<'a> {
+impl Veth {
     /// Joins `a.0`, an interface name in the namespace `a.1`, with that of
     /// `b`. Both ends are up and have a carrier when this returns.
-    pub fn new(a: (&str, &'a Namespace), b: (&str, &'a Namespace), mtu: u32) -> Result<Veth<'a>> {
+    pub fn new(a: (&str, &Namespace), b: (&str, &Namespace), mtu: u32) -> Result<Veth> {
         let [first, second] = [a, b];
         // Each end with a number that the other has not: where both are equal,
         // as the first interfaces of two namespaces are, the kernel takes the
@@ -138,37 +147,34 @@ impl<'a> Veth<'a> {
         let peer = ["peer", "name", second.0, "mtu", mtu, "index", index_b];
         let place = ["netns", second.1.name()];
         ip(&[&add[..], &end, &peer, &place].concat())?;
-        let veth = Veth {
-            ends: [
-                (first.1, first.0.to_owned()),
-                (second.1, second.0.to_owned()),
-            ],
-        };
-        for (namespace, name) in &veth.ends {
+        for (name, namespace) in [first, second] {
             namespace.set_up(name, true)?;
         }
-        for (namespace, name) in &veth.ends {
+        for (name, namespace) in [first, second] {
             wait_for_carrier(namespace, name)?;
         }
-        Ok(veth)
+        Ok(Veth {
+            ends: [first, second].map(|(name, place)| (place.name().to_owned(), name.to_owned())),
+        })
     }
 
-    /// The MTU of both ends.
+    /// Changes the MTU of both ends.
     pub fn set_mtu(&self, mtu: u32) -> Result<()> {
-        self.ends
-            .iter()
-            .try_for_each(|(namespace, name)| namespace.set_mtu(name, mtu))
+        let mtu = mtu.to_string();
+        self.ends.iter().try_for_each(|(namespace, name)| {
+            ip(&["-n", namespace, "link", "set", name, "mtu", &mtu]).map(drop)
+        })
     }
 
     /// Unplugs the cable: both ends are gone.
     pub fn remove(self) -> Result<()> {
         let (namespace, name) = &self.ends[0];
-        namespace.ip(&["link", "del", name]).map(drop)
+        ip(&["-n", namespace, "link", "del", name]).map(drop)
     }
 }
 
 fn wait_for_carrier(namespace: &Namespace, name: &str) -> Result<()> {
-    let what = format!("{name} in {} to come up", namespace.name);
+    let what = format!("{name} in {} to come up", namespace.name());
     namespace.enter(|| {
         wait_until(
             &what,
@@ -181,18 +187,18 @@ fn wait_for_carrier(namespace: &Namespace, name: &str) -> Result<()> {
 /// A tap device inside a namespace, for a virtual machine. It goes with its
 /// namespace.
 #[derive(Debug)]
-pub struct Tap<'a> {
-    namespace: &'a Namespace,
+pub struct Tap {
+    namespace: Namespace,
     name: String,
 }
 
-impl<'a> Tap<'a> {
+impl Tap {
     /// Makes it and sets it up. It has a carrier only while a program holds it
     /// open.
-    pub fn new(name: &str, namespace: &'a Namespace, mtu: u32) -> Result<Tap<'a>> {
+    pub fn new(name: &str, namespace: &Namespace, mtu: u32) -> Result<Tap> {
         namespace.ip(&["tuntap", "add", "dev", name, "mode", "tap"])?;
         let tap = Tap {
-            namespace,
+            namespace: namespace.clone(),
             name: name.to_owned(),
         };
         namespace.set_mtu(name, mtu)?;
@@ -207,7 +213,7 @@ impl<'a> Tap<'a> {
 
     /// Waits until a program holds it open.
     pub fn wait_for_carrier(&self) -> Result<()> {
-        wait_for_carrier(self.namespace, &self.name)
+        wait_for_carrier(&self.namespace, &self.name)
     }
 }
 

@@ -1,16 +1,18 @@
 //! A program under test: what it says, how it ends.
 
 use std::ffi::{OsStr, OsString};
-use std::io::{BufRead, BufReader, Read};
+use std::fs::File;
+use std::io::{BufRead, BufReader};
 use std::os::unix::process::ExitStatusExt;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Duration;
 
+use nix::fcntl::OFlag;
 use nix::sched::{CpuSet, sched_setaffinity};
 use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
+use nix::unistd::{Pid, pipe2};
 
 use super::namespace::Namespace;
 use super::wait::{Deadline, wait_until};
@@ -21,16 +23,16 @@ const LAST_WORDS: Duration = Duration::from_secs(1);
 
 /// A program to be started.
 #[derive(Debug)]
-pub struct Spawn<'a> {
+pub struct Spawn {
     command: Command,
     name: String,
-    namespace: Option<&'a Namespace>,
+    namespace: Option<Namespace>,
     core: Option<usize>,
 }
 
-impl<'a> Spawn<'a> {
+impl Spawn {
     /// This program, found by PATH.
-    pub fn new(program: impl AsRef<OsStr>) -> Spawn<'a> {
+    pub fn new(program: impl AsRef<OsStr>) -> Spawn {
         let name = program.as_ref().to_string_lossy().into_owned();
         Spawn {
             command: Command::new(program),
@@ -41,37 +43,37 @@ impl<'a> Spawn<'a> {
     }
 
     /// With this argument.
-    pub fn arg(mut self, argument: impl AsRef<OsStr>) -> Spawn<'a> {
+    pub fn arg(mut self, argument: impl AsRef<OsStr>) -> Spawn {
         self.command.arg(argument);
         self
     }
 
     /// With these arguments.
-    pub fn args(mut self, arguments: impl IntoIterator<Item = impl Into<OsString>>) -> Spawn<'a> {
+    pub fn args(mut self, arguments: impl IntoIterator<Item = impl Into<OsString>>) -> Spawn {
         self.command.args(arguments.into_iter().map(Into::into));
         self
     }
 
     /// With this in its environment.
-    pub fn env(mut self, key: &str, value: impl AsRef<OsStr>) -> Spawn<'a> {
+    pub fn env(mut self, key: &str, value: impl AsRef<OsStr>) -> Spawn {
         self.command.env(key, value);
         self
     }
 
     /// In this directory.
-    pub fn dir(mut self, directory: impl AsRef<std::path::Path>) -> Spawn<'a> {
+    pub fn dir(mut self, directory: impl AsRef<std::path::Path>) -> Spawn {
         self.command.current_dir(directory);
         self
     }
 
     /// In this network namespace. Its other namespaces, and so /sys, are ours.
-    pub fn inside(mut self, namespace: &'a Namespace) -> Spawn<'a> {
-        self.namespace = Some(namespace);
+    pub fn inside(mut self, namespace: &Namespace) -> Spawn {
+        self.namespace = Some(namespace.clone());
         self
     }
 
     /// On this processor alone.
-    pub fn on_core(mut self, core: usize) -> Spawn<'a> {
+    pub fn on_core(mut self, core: usize) -> Spawn {
         self.core = Some(core);
         self
     }
@@ -84,10 +86,10 @@ impl<'a> Spawn<'a> {
             namespace,
             core,
         } = self;
-        command
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped());
+        // One pipe for both, so that lines stay in the order they were said in.
+        let (reader, writer) = pipe2(OFlag::O_CLOEXEC).map_err(Error::system("pipe"))?;
+        let twin = writer.try_clone().map_err(Error::system("pipe"))?;
+        command.stdin(Stdio::null()).stdout(writer).stderr(twin);
         // A child inherits namespace and processors of the thread that starts
         // it, so a thread that ends right after lends it both.
         let spawn = || -> Result<Child> {
@@ -96,26 +98,22 @@ impl<'a> Spawn<'a> {
             }
             command.spawn().map_err(Error::system(name.clone()))
         };
-        let mut child = match namespace {
+        let child = match &namespace {
             Some(namespace) => namespace.enter(spawn)??,
             None => thread::scope(|scope| scope.spawn(spawn).join())
                 .unwrap_or_else(|panic| std::panic::resume_unwind(panic))?,
         };
+        // Our own ends for writing: with them the pipe would never end.
+        drop(command);
         let said = Arc::new(Said::default());
-        let pipes: [Option<Box<dyn Read + Send>>; 2] = [
-            child.stdout.take().map(|pipe| Box::new(pipe) as _),
-            child.stderr.take().map(|pipe| Box::new(pipe) as _),
-        ];
-        for pipe in pipes.into_iter().flatten() {
-            let said = Arc::clone(&said);
-            said.lock().open += 1;
-            thread::spawn(move || said.listen(pipe));
-        }
+        let listener = Arc::clone(&said);
+        thread::spawn(move || listener.listen(File::from(reader)));
         Ok(Process {
             child,
             name,
             said,
             read: 0,
+            _namespace: namespace,
         })
     }
 }
@@ -130,8 +128,8 @@ struct Said {
 #[derive(Default)]
 struct Lines {
     all: Vec<String>,
-    /// Pipes that are not at their end yet.
-    open: usize,
+    /// Whether all that had the pipe are gone.
+    ended: bool,
 }
 
 impl Said {
@@ -139,7 +137,7 @@ impl Said {
         self.lines.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn listen(&self, pipe: Box<dyn Read + Send>) {
+    fn listen(&self, pipe: File) {
         let mut pipe = BufReader::new(pipe);
         let mut line = Vec::new();
         while matches!(pipe.read_until(b'\n', &mut line), Ok(n) if n > 0) {
@@ -149,11 +147,11 @@ impl Said {
             self.changed.notify_all();
             line.clear();
         }
-        self.lock().open -= 1;
+        self.lock().ended = true;
         self.changed.notify_all();
     }
 
-    /// Waits until `found` finds something, all pipes are at their end, or the
+    /// Waits until `found` finds something, the pipe is at its end, or the
     /// deadline has passed.
     fn wait<T>(&self, deadline: Deadline, mut found: impl FnMut(&Lines) -> Option<T>) -> Option<T> {
         let mut lines = self.lock();
@@ -162,7 +160,7 @@ impl Said {
                 return Some(value);
             }
             let left = deadline.left();
-            if lines.open == 0 || left.is_zero() {
+            if lines.ended || left.is_zero() {
                 return None;
             }
             lines = self
@@ -181,6 +179,8 @@ pub struct Process {
     said: Arc<Said>,
     /// Lines that [`wait_for_line`](Process::wait_for_line) has gone past.
     read: usize,
+    /// Not taken away while the process is in it.
+    _namespace: Option<Namespace>,
 }
 
 impl Process {
