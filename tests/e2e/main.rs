@@ -7,7 +7,11 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+mod admin;
 mod floors;
+mod frames;
+mod hostile;
+mod rig;
 mod serve;
 mod support;
 mod vm;

@@ -2,6 +2,8 @@
 //!
 //! Everything is drawn from a seed: the same seed makes the same frames.
 
+use crate::engine::rng::Rng;
+
 /// Requests of real initiators; see the head of the file.
 const CAPTURED: &str = include_str!("../../vectors/requests.hex");
 
@@ -35,28 +37,24 @@ fn bytes(line: &str) -> Option<Vec<u8>> {
     Some(bytes)
 }
 
-/// Numbers drawn from a seed (splitmix64).
+/// What is drawn from a seed.
 #[derive(Clone, Debug)]
-pub struct Chance(u64);
+pub struct Chance(Rng);
 
 impl Chance {
-    /// The numbers of this seed.
+    /// The draws of this seed.
     pub fn new(seed: u64) -> Chance {
-        Chance(seed.wrapping_mul(0x2545_F491_4F6C_DD1D))
+        Chance(Rng::new(seed))
     }
 
-    /// The next number.
+    /// A number.
     pub fn draw(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-        z ^ (z >> 31)
+        self.0.draw()
     }
 
     /// A number below `end`, which is not 0.
     pub fn below(&mut self, end: usize) -> usize {
-        (self.draw() % end as u64) as usize
+        self.0.below(end as u64) as usize
     }
 
     /// Whether it is one case in `n`.
