@@ -7,10 +7,11 @@
 
 use std::sync::Arc;
 
+use super::ata::pad_registers;
 use super::{Action, Dropped, NicId, NicInfo, Ready, SAVE, Target, What};
 use crate::access::{self, Verdict, WireState};
 use crate::drive;
-use crate::wire::ata::{DATA, Taskfile};
+use crate::wire::ata::Taskfile;
 use crate::wire::config::{self, Query, Report};
 use crate::wire::mask::{self, Edit, LIST_MAX};
 use crate::wire::reserve::{self, Order};
@@ -173,7 +174,7 @@ impl Target {
                     }
                     self.header(&mut head, &info, origin, None);
                     taskfile.reply(&mut head, drive::SUCCESS);
-                    pad(&mut head, DATA)
+                    pad_registers(&mut head, taskfile)
                 }
             };
             if let Some(asker) = held.asker().filter(|_| next != before) {
@@ -296,7 +297,7 @@ impl Target {
             Change::Switch(origin, taskfile, _) => {
                 self.header(head, info, origin, None);
                 taskfile.reply(head, drive::fault(taskfile));
-                DATA
+                return pad_registers(head, taskfile);
             }
             Change::Frame(frame) => match Request::parse(frame) {
                 Ok(request) => match request.command {

@@ -9,7 +9,7 @@ use crate::drive::{self, Health, Limits, Order, Page, Refusal, Smart};
 use crate::store::{Read, Token};
 use crate::sys::buffer::BufSlice;
 use crate::wire::ata::{DATA, Outcome, Payload, Taskfile};
-use crate::wire::{ErrorCode, Origin, Request, pad};
+use crate::wire::{ErrorCode, Origin, Request, pad_to};
 
 /// A request whose reply waits for the disk.
 #[derive(Clone, Copy, Debug)]
@@ -41,6 +41,11 @@ pub(super) struct Answer {
     pub taskfile: Taskfile,
     pub outcome: Outcome,
     pub body: Option<BufSlice>,
+}
+
+/// Pads an answer of registers alone; returns its length.
+pub(super) fn pad_registers(head: &mut [u8], taskfile: &Taskfile) -> usize {
+    pad_to(head, DATA, drive::shortest_answer(taskfile))
 }
 
 impl Target {
@@ -277,7 +282,7 @@ impl Target {
         let len = if answer.body.is_some() {
             DATA
         } else {
-            pad(head, DATA)
+            pad_registers(head, &answer.taskfile)
         };
         Action::Reply {
             len,
@@ -315,7 +320,7 @@ impl Target {
         self.header(head, info, origin, Some(code));
         taskfile.reply(head, drive::aborted(taskfile));
         Action::Reply {
-            len: pad(head, DATA),
+            len: pad_registers(head, taskfile),
             body: None,
         }
     }

@@ -411,6 +411,8 @@ fn smart_tells_its_health_and_is_switched_for_good() {
         (OK, 0xC2_4F00)
     );
     assert_eq!(word85(&mut bench) & 1, 1);
+    // No data, but room for it, and zeros in it: `check` looks.
+    assert_eq!(status.bytes().len(), 36 + 512);
     assert_eq!(registers(&bench.ask(&smart(0xD9))), OK);
     assert_eq!(bench.saved().map(|s| s.smart), Some(false));
     assert_eq!(word85(&mut bench) & 1, 0);

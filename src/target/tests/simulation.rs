@@ -136,8 +136,10 @@ impl Model {
             (Some(code), _) => Must::Refuse(code),
             (None, 0x40) if must == Must::Succeed => Must::Succeed,
             (None, 0x40) => {
+                // Less is padding, and so are zeros behind SMART's registers.
                 let len = reply.bytes().len() - 36;
-                let held = if len > 24 { len } else { 0 };
+                let data = len > 24 && must != Must::Data(vec![]);
+                let held = if data { len } else { 0 };
                 Must::Data(ata.data[..held].to_vec())
             }
             (None, _) => Must::Fail(ata.error),
