@@ -14,4 +14,5 @@ mod hostile;
 mod rig;
 mod serve;
 mod support;
+mod tools;
 mod vm;
