@@ -9,8 +9,8 @@ mod smart;
 
 use shadow::{Extent, Lba};
 
-use crate::wire::ErrorCode;
-use crate::wire::ata::{Outcome, Payload, SECTOR, Taskfile};
+use crate::wire::ata::{DATA, Outcome, Payload, SECTOR, Taskfile};
+use crate::wire::{ErrorCode, MIN_FRAME};
 
 pub use identify::Identity;
 pub use smart::{FAILING, GOOD, Health, Smart};
@@ -167,6 +167,16 @@ pub fn changes_something(taskfile: &Taskfile) -> bool {
 /// Whether it is IDENTIFY, which a reservation does not refuse.
 pub fn is_identify(taskfile: &Taskfile) -> bool {
     taskfile.opcode == op::IDENTIFY
+}
+
+/// How long an answer of registers alone must be at least. aoeping, which is
+/// how one asks a target for SMART, takes every answer to a SMART command for
+/// none that has no room for a sector.
+pub fn shortest_answer(taskfile: &Taskfile) -> usize {
+    match taskfile.opcode {
+        op::SMART => DATA + SECTOR,
+        _ => MIN_FRAME,
+    }
 }
 
 /// What the taskfile orders, or the answer that refuses it.

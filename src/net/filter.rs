@@ -1,14 +1,17 @@
 //! The socket filters: what cannot be for us never reaches the process.
 //!
-//! A request passes if its EtherType is AoE, the kernel does not think it is
-//! another host's (another MAC, or a VLAN we are not in), and it is to our shelf
-//! or every shelf and our slot or every slot. An answer passes only if it is
+//! A request passes if its EtherType is AoE, it came in on our very interface
+//! and not on one on top of it (a VLAN's: the kernel hands us its frames as well,
+//! and no longer marks them), the kernel does not think it is another host's
+//! (another MAC, or a VLAN we are not in), and it is to our shelf or every shelf
+//! and our slot or every slot. An answer passes only if it is
 //! broadcast and carries exactly our address: then another target claims to be
 //! us. While we ask for rivals, answers with our address pass, and nothing else.
 
 use crate::sys::packet::sock_filter;
 use crate::wire::{Address, ETHERTYPE, Shelf, Slot};
 
+const LOAD_WORD: u16 = (libc::BPF_LD | libc::BPF_W | libc::BPF_ABS) as u16;
 const LOAD_HALF: u16 = (libc::BPF_LD | libc::BPF_H | libc::BPF_ABS) as u16;
 const LOAD_BYTE: u16 = (libc::BPF_LD | libc::BPF_B | libc::BPF_ABS) as u16;
 const IF_EQUAL: u16 = (libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K) as u16;
@@ -16,6 +19,8 @@ const IF_SET: u16 = (libc::BPF_JMP | libc::BPF_JSET | libc::BPF_K) as u16;
 const RETURN: u16 = (libc::BPF_RET | libc::BPF_K) as u16;
 /// Where the packet type is loaded from.
 const PACKET_TYPE: u32 = (libc::SKF_AD_OFF + libc::SKF_AD_PKTTYPE) as u32;
+/// Where the index of the interface is loaded from that a frame came in on.
+const INTERFACE: u32 = (libc::SKF_AD_OFF + libc::SKF_AD_IFINDEX) as u32;
 
 const ACCEPT: u32 = u32::MAX;
 const DROP: u32 = 0;
@@ -40,33 +45,35 @@ const fn branch(at: u8, code: u16, k: u32, yes: u8, no: u8) -> sock_filter {
     }
 }
 
-/// What an export hears.
-pub(super) fn requests(address: Address) -> [sock_filter; 20] {
-    const OK: u8 = 18;
-    const NO: u8 = 19;
+/// What an export hears on the interface with this index.
+pub(super) fn requests(address: Address, index: u32) -> [sock_filter; 22] {
+    const OK: u8 = 20;
+    const NO: u8 = 21;
     let shelf = u32::from(address.shelf.0);
     let slot = u32::from(address.slot.0);
     [
         /*  0 */ op(LOAD_HALF, 12),
         /*  1 */ branch(1, IF_EQUAL, u32::from(ETHERTYPE), 2, NO),
-        /*  2 */ op(LOAD_BYTE, PACKET_TYPE),
-        /*  3 */ branch(3, IF_EQUAL, u32::from(libc::PACKET_OTHERHOST), NO, 4),
-        /*  4 */ op(LOAD_BYTE, 14),
-        /*  5 */ branch(5, IF_SET, 0x08, 12, 6),
-        /*  6 */ op(LOAD_HALF, 16),
-        /*  7 */ branch(7, IF_EQUAL, shelf, 9, 8),
-        /*  8 */ branch(8, IF_EQUAL, u32::from(Shelf::EVERY.0), 9, NO),
-        /*  9 */ op(LOAD_BYTE, 18),
-        /* 10 */ branch(10, IF_EQUAL, slot, OK, 11),
-        /* 11 */ branch(11, IF_EQUAL, u32::from(Slot::EVERY.0), OK, NO),
-        /* 12 */ op(LOAD_BYTE, PACKET_TYPE),
-        /* 13 */ branch(13, IF_EQUAL, u32::from(libc::PACKET_BROADCAST), 14, NO),
-        /* 14 */ op(LOAD_HALF, 16),
-        /* 15 */ branch(15, IF_EQUAL, shelf, 16, NO),
-        /* 16 */ op(LOAD_BYTE, 18),
-        /* 17 */ branch(17, IF_EQUAL, slot, OK, NO),
-        /* 18 */ op(RETURN, ACCEPT),
-        /* 19 */ op(RETURN, DROP),
+        /*  2 */ op(LOAD_WORD, INTERFACE),
+        /*  3 */ branch(3, IF_EQUAL, index, 4, NO),
+        /*  4 */ op(LOAD_BYTE, PACKET_TYPE),
+        /*  5 */ branch(5, IF_EQUAL, u32::from(libc::PACKET_OTHERHOST), NO, 6),
+        /*  6 */ op(LOAD_BYTE, 14),
+        /*  7 */ branch(7, IF_SET, 0x08, 14, 8),
+        /*  8 */ op(LOAD_HALF, 16),
+        /*  9 */ branch(9, IF_EQUAL, shelf, 11, 10),
+        /* 10 */ branch(10, IF_EQUAL, u32::from(Shelf::EVERY.0), 11, NO),
+        /* 11 */ op(LOAD_BYTE, 18),
+        /* 12 */ branch(12, IF_EQUAL, slot, OK, 13),
+        /* 13 */ branch(13, IF_EQUAL, u32::from(Slot::EVERY.0), OK, NO),
+        /* 14 */ op(LOAD_BYTE, PACKET_TYPE),
+        /* 15 */ branch(15, IF_EQUAL, u32::from(libc::PACKET_BROADCAST), 16, NO),
+        /* 16 */ op(LOAD_HALF, 16),
+        /* 17 */ branch(17, IF_EQUAL, shelf, 18, NO),
+        /* 18 */ op(LOAD_BYTE, 18),
+        /* 19 */ branch(19, IF_EQUAL, slot, OK, NO),
+        /* 20 */ op(RETURN, ACCEPT),
+        /* 21 */ op(RETURN, DROP),
     ]
 }
 
@@ -92,6 +99,9 @@ pub(super) fn answers(address: Address) -> [sock_filter; 10] {
 mod tests {
     use super::*;
 
+    /// The interface that frames come in on.
+    const INDEX: u32 = 0x0001_0007;
+
     /// Runs the program as the kernel does; a load past the end drops.
     fn accepts(program: &[sock_filter], frame: &[u8], packet_type: u8) -> bool {
         let (mut at, mut a) = (0, 0u32);
@@ -100,6 +110,7 @@ mod tests {
             at += 1;
             let byte = |n: u32| frame.get(n as usize).copied().map(u32::from);
             match i.code {
+                LOAD_WORD => a = INDEX,
                 LOAD_BYTE if i.k >= (libc::SKF_AD_OFF as u32) => a = u32::from(packet_type),
                 LOAD_BYTE => match byte(i.k) {
                     Some(b) => a = b,
@@ -129,7 +140,7 @@ mod tests {
     #[test]
     fn requests_to_us_pass_and_nothing_else() {
         let ours = Address::new(1, 4).unwrap();
-        let program = requests(ours);
+        let program = requests(ours, INDEX);
         for (shelf, slot, passes) in [
             (1, 4, true),
             (0xFFFF, 4, true),
@@ -158,5 +169,7 @@ mod tests {
         other[12] = 8;
         assert!(!accepts(&program, &other, 0));
         assert!(!accepts(&program, &frame(1, 4, 0)[..18], 0));
+        let elsewhere = requests(ours, INDEX + 1);
+        assert!(!accepts(&elsewhere, &frame(1, 4, 0), 0));
     }
 }

@@ -136,7 +136,7 @@ impl Port {
         let step = |what| move |e| NicTrouble::System(what, e);
         let socket = PacketSocket::open().map_err(step("packet socket"))?;
         socket
-            .attach_filter(&filter::requests(options.address))
+            .attach_filter(&filter::requests(options.address, link.index))
             .map_err(step("filter"))?;
         socket
             .ignore_outgoing()

@@ -7,11 +7,12 @@
 
 use std::sync::Arc;
 
+use super::ata::pad_registers;
 use super::{Action, Dropped, NicId, NicInfo, Ready, SAVE, Target, What};
 use crate::access::{self, Verdict, WireState};
 use crate::drive;
-use crate::wire::ata::{DATA, Taskfile};
-use crate::wire::config::{self, Report};
+use crate::wire::ata::Taskfile;
+use crate::wire::config::{self, Query, Report};
 use crate::wire::mask::{self, Edit, LIST_MAX};
 use crate::wire::reserve::{self, Order};
 use crate::wire::{Command, ErrorCode, HEAD_MAX, MacAddr, Origin, Request, frame_max, pad};
@@ -90,7 +91,9 @@ impl Target {
         // way; that is all of discovery.
         let mut next = self.state.clone();
         let len = self.apply_frame(&mut next, info, request, head);
-        if next == self.state {
+        // An order is not answered past those before it, which it may undo.
+        let must_wait = self.saving.is_some() && orders_change(&request.command);
+        if next == self.state && !must_wait {
             return match len {
                 0 => Action::Drop(Dropped::Silence),
                 len => Action::Reply { len, body: None },
@@ -171,7 +174,7 @@ impl Target {
                     }
                     self.header(&mut head, &info, origin, None);
                     taskfile.reply(&mut head, drive::SUCCESS);
-                    pad(&mut head, DATA)
+                    pad_registers(&mut head, taskfile)
                 }
             };
             if let Some(asker) = held.asker().filter(|_| next != before) {
@@ -294,7 +297,7 @@ impl Target {
             Change::Switch(origin, taskfile, _) => {
                 self.header(head, info, origin, None);
                 taskfile.reply(head, drive::fault(taskfile));
-                DATA
+                return pad_registers(head, taskfile);
             }
             Change::Frame(frame) => match Request::parse(frame) {
                 Ok(request) => match request.command {
@@ -356,6 +359,16 @@ impl Target {
         self.header(head, info, &request.origin, error);
         reserve::emit(head, reserve::rcmd(request.frame), list)
     }
+}
+
+/// Whether a request may change something, in whatever state it is.
+fn orders_change(command: &Command) -> bool {
+    matches!(
+        command,
+        Command::Config(Query::Set(_) | Query::ForceSet(_) | Query::Replace(_))
+            | Command::Mask(Edit::Edit(_))
+            | Command::Reserve(Order::Set(_) | Order::ForceSet(_))
+    )
 }
 
 /// Who changed what, for the operator.

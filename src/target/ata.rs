@@ -9,7 +9,7 @@ use crate::drive::{self, Health, Limits, Order, Page, Refusal, Smart};
 use crate::store::{Read, Token};
 use crate::sys::buffer::BufSlice;
 use crate::wire::ata::{DATA, Outcome, Payload, Taskfile};
-use crate::wire::{ErrorCode, Origin, Request, pad};
+use crate::wire::{ErrorCode, Origin, Request, pad_to};
 
 /// A request whose reply waits for the disk.
 #[derive(Clone, Copy, Debug)]
@@ -25,7 +25,10 @@ pub(super) struct Parked {
 enum Pending {
     Read,
     Verify,
-    Write,
+    Write {
+        /// Whether it ends only after a sync.
+        durable: bool,
+    },
     Flush,
     /// The flush before the write cache goes off.
     CacheOff,
@@ -38,6 +41,11 @@ pub(super) struct Answer {
     pub taskfile: Taskfile,
     pub outcome: Outcome,
     pub body: Option<BufSlice>,
+}
+
+/// Pads an answer of registers alone; returns its length.
+pub(super) fn pad_registers(head: &mut [u8], taskfile: &Taskfile) -> usize {
+    pad_to(head, DATA, drive::shortest_answer(taskfile))
 }
 
 impl Target {
@@ -88,7 +96,6 @@ impl Target {
             Order::Read(extent) | Order::Verify(extent) if extent.is_empty() => done(self, head),
             Order::Write(extent, _) if extent.is_empty() => done(self, head),
             Order::Read(extent) => {
-                self.counters.sectors_read += extent.count();
                 let mut ready = None;
                 let action = self.park(parked(Pending::Read), |target, token| {
                     if let Read::Ready(data) = target.volume.read(token, extent)? {
@@ -96,6 +103,9 @@ impl Target {
                     }
                     Ok(ready.is_none())
                 });
+                if !matches!(action, Action::Drop(_)) {
+                    self.counters.sectors_read += extent.count();
+                }
                 match ready {
                     Some(data) => {
                         let body = Some(data);
@@ -118,18 +128,21 @@ impl Target {
                 target.volume.verify(token, extent).map(|()| true)
             }),
             Order::Write(extent, data) => {
-                self.counters.sectors_written += extent.count();
                 let durable = self.is_durable();
-                self.park(parked(Pending::Write), |target, token| {
+                let action = self.park(parked(Pending::Write { durable }), |target, token| {
                     target
                         .volume
                         .write(token, extent, data, durable)
                         .map(|()| true)
-                })
+                });
+                if matches!(action, Action::Parked) {
+                    self.counters.sectors_written += extent.count();
+                }
+                action
             }
             Order::Trim(extents) => {
                 let durable = self.is_durable();
-                self.park(parked(Pending::Write), |target, token| {
+                self.park(parked(Pending::Write { durable }), |target, token| {
                     target
                         .volume
                         .discard(token, &extents, durable)
@@ -235,6 +248,16 @@ impl Target {
             }
             self.closing -= 1;
         }
+        // A write that came while the write cache was on, and ends now that it
+        // goes off: the sync before that may not have seen it, and nothing is
+        // acknowledged any more that is not on stable storage.
+        if ok && what == (Pending::Write { durable: false }) && self.is_durable() {
+            let what = Pending::Write { durable: true };
+            if let Some(id) = self.parked.insert(Parked { what, ..parked }) {
+                self.volume.flush(Token(id));
+                return;
+            }
+        }
         let outcome = match (ok, what) {
             (true, _) => drive::SUCCESS,
             (false, Pending::Read | Pending::Verify) => drive::unreadable(&taskfile),
@@ -259,7 +282,7 @@ impl Target {
         let len = if answer.body.is_some() {
             DATA
         } else {
-            pad(head, DATA)
+            pad_registers(head, &answer.taskfile)
         };
         Action::Reply {
             len,
@@ -297,7 +320,7 @@ impl Target {
         self.header(head, info, origin, Some(code));
         taskfile.reply(head, drive::aborted(taskfile));
         Action::Reply {
-            len: pad(head, DATA),
+            len: pad_registers(head, taskfile),
             body: None,
         }
     }

@@ -26,9 +26,10 @@ use crate::drive::Identity;
 use crate::net::{Frame, NicId, NicInfo};
 use crate::store::{Bounds, Completed, Failures, JOBS_MAX, StateFile, Token, Volume};
 use crate::sys::buffer::{Buf, BufSlice};
+use crate::wire::ata::DATA;
 use crate::wire::{
     Address, Command, ErrorCode, HEADER, MacAddr, Malformed, Origin, Request, config, frame_max,
-    pad, sectors_per_frame,
+    pad, sectors_per_frame, set_source,
 };
 
 use admin::{Held, Saving};
@@ -87,6 +88,16 @@ struct Ready {
 enum What {
     Ata(ata::Answer),
     Bytes(Vec<u8>),
+}
+
+impl What {
+    /// How long the reply is before it is padded.
+    fn len(&self) -> usize {
+        match self {
+            What::Ata(answer) => DATA + answer.body.as_ref().map_or(0, |body| body.len()),
+            What::Bytes(bytes) => bytes.len(),
+        }
+    }
 }
 
 /// One export. See the head of this file.
@@ -183,6 +194,7 @@ impl Target {
         let action = self.decide(now, nic, frame, head);
         match &action {
             Action::Drop(why) => self.counters.dropped(*why),
+            Action::Rival(_) => self.counters.dropped(Dropped::Response),
             _ => self.counters.requests += 1,
         }
         action
@@ -269,11 +281,14 @@ impl Target {
     /// A command we do not know: an error, and the body as it came.
     fn unknown(&mut self, info: &NicInfo, request: &Request, head: &mut [u8]) -> Action {
         self.header(head, info, &request.origin, Some(ErrorCode::UnknownCommand));
-        let rest = &request.frame[HEADER..];
+        // The kernel lets frames in that are longer by a VLAN tag than those it
+        // lets out.
+        let end = request.frame.len().min(frame_max(info.mtu));
+        let rest = &request.frame[HEADER..end];
         if let Some(room) = head.get_mut(HEADER..HEADER + rest.len()) {
             room.copy_from_slice(rest);
             return Action::Reply {
-                len: pad(head, request.frame.len()),
+                len: pad(head, end),
                 body: None,
             };
         }
@@ -347,19 +362,21 @@ impl Target {
         let Some(Ready { nic, what }) = self.ready.pop_front() else {
             return Action::Drop(Dropped::NoLink);
         };
-        match (what, self.nics.get(usize::from(nic.0))) {
-            (What::Ata(answer), Some(Some(info))) => {
-                let info = *info;
-                self.answer(head, &info, answer)
-            }
-            (What::Bytes(bytes), Some(Some(_))) if bytes.len() <= head.len() => {
-                head[..bytes.len()].copy_from_slice(&bytes);
-                Action::Reply {
-                    len: pad(head, bytes.len()),
-                    body: None,
+        // The NIC may have gone, or have another address or shorter frames than
+        // when the request came in.
+        match self.nics.get(usize::from(nic.0)) {
+            Some(&Some(info)) if what.len() <= frame_max(info.mtu) => match what {
+                What::Ata(answer) => self.answer(head, &info, answer),
+                What::Bytes(bytes) => {
+                    head[..bytes.len()].copy_from_slice(&bytes);
+                    set_source(head, info.mac);
+                    Action::Reply {
+                        len: pad(head, bytes.len()),
+                        body: None,
+                    }
                 }
-            }
-            (what, _) => {
+            },
+            _ => {
                 self.give_up(what);
                 Action::Drop(Dropped::NoLink)
             }

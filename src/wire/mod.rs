@@ -28,7 +28,7 @@ mod address;
 mod request;
 
 pub use address::{Address, MacAddr, Shelf, Slot};
-pub use request::{Command, Malformed, Origin, Request};
+pub use request::{Command, Malformed, Origin, Request, set_source};
 
 /// The EtherType of AoE.
 pub const ETHERTYPE: u16 = 0x88A2;
@@ -78,11 +78,16 @@ pub fn frame_max(mtu: u32) -> usize {
 
 /// Zeros behind `len` up to the least frame length; returns the length to send.
 pub fn pad(head: &mut [u8], len: usize) -> usize {
-    if len >= MIN_FRAME {
+    pad_to(head, len, MIN_FRAME)
+}
+
+/// Zeros behind `len` up to `least`; returns the length to send.
+pub fn pad_to(head: &mut [u8], len: usize, least: usize) -> usize {
+    if len >= least {
         return len;
     }
-    head[len..MIN_FRAME].fill(0);
-    MIN_FRAME
+    head[len..least].fill(0);
+    least
 }
 
 fn be16(bytes: &[u8], at: usize) -> u16 {

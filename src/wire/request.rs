@@ -125,6 +125,12 @@ impl Origin {
     }
 }
 
+/// Gives a frame that is written already another sender; it holds at least
+/// [`HEADER`] bytes.
+pub fn set_source(head: &mut [u8], from: MacAddr) {
+    head[6..12].copy_from_slice(&from.0);
+}
+
 /// Writes the header of a frame with R set and no error.
 pub(super) fn header(
     head: &mut [u8],

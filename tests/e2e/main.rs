@@ -7,14 +7,19 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+mod admin;
 mod cli;
 mod devices;
 mod floors;
+mod frames;
+mod hostile;
 mod life;
 mod nics;
+mod rig;
 mod rival;
 mod serve;
 mod static_build;
 mod support;
+mod tools;
 mod vm;
 mod workshop;

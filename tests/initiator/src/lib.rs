@@ -7,6 +7,7 @@
 //! - [`engine`] keeps many requests in flight, measures, and knows what every
 //!   sector must hold.
 //! - [`answerer`] answers from memory: the limit of what a target could do.
+//! - [`hostile`] has frames of real initiators, and spoils frames from a seed.
 //! - [`lab`] makes network namespaces, veth pairs and processes, and takes them
 //!   away again.
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::expect_used, clippy::panic))]
@@ -16,6 +17,7 @@ pub mod client;
 pub mod engine;
 pub mod error;
 pub mod frame;
+pub mod hostile;
 pub mod lab;
 pub mod port;
 

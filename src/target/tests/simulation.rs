@@ -1,0 +1,340 @@
+//! Frames without end, right and wrong, from several hosts on two NICs, with a
+//! disk that ends its jobs in any order: every read returns what the writes
+//! before it made of the disk, whatever is refused has no effect, and every
+//! reply keeps the rules.
+//!
+//! What a frame must do is said here a second time, by a model that knows
+//! nothing but `Vec<u8>` and the table of opcodes.
+
+use std::collections::HashMap;
+
+use super::*;
+use crate::access::admits;
+use initiator::frame::{Ata, Directive};
+use initiator::hostile;
+
+const STEPS: usize = 400;
+const SEEDS: u64 = 60;
+
+/// What the model says of an ATA request that is heard.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Must {
+    /// The reply carries this, or nothing.
+    Data(Vec<u8>),
+    /// It succeeds; what it carries is not the disk's.
+    Succeed,
+    /// An ATA error.
+    Fail(u8),
+    /// An error of AoE.
+    Refuse(u8),
+    /// No answer.
+    Silence,
+}
+
+struct Model {
+    disk: Vec<u8>,
+    /// What those who asked must get, by NIC, host and tag.
+    waiting: HashMap<(u16, Vec<u8>), Must>,
+}
+
+impl Model {
+    /// What a request must get, and what becomes of the disk.
+    fn order(&mut self, bench: &Bench, nic: NicId, frame: &[u8]) -> Must {
+        let state = &bench.target.state;
+        let from: MacAddr = MacAddr(frame[6..12].try_into().unwrap());
+        let to_all = frame[16..18] == [0xFF, 0xFF] || frame[18] == 0xFF;
+        let (op, count) = (frame[27], frame[26]);
+        let writes = [0x30, 0x34, 0xCA, 0x35].contains(&op);
+        if to_all && (writes || op == 0x06 || op == 0xEF) {
+            return Must::Silence;
+        }
+        if op != 0xEC && !state.reserved.is_empty() && !state.reserved.contains(&from) {
+            return Must::Refuse(6);
+        }
+        if bench.target.settings.read_only && (writes || op == 0x06) {
+            return Must::Fail(4);
+        }
+        let mut lba = [0; 8];
+        lba[..6].copy_from_slice(&frame[28..34]);
+        let mut lba = u64::from_le_bytes(lba);
+        if [0x20, 0xC8, 0x30, 0xCA, 0x40].contains(&op) {
+            lba &= 0x0FFF_FFFF;
+        }
+        let most = if nic == SMALL { 2 } else { 17 };
+        let range = |count: u64| {
+            let at = lba as usize * 512;
+            at..at + count as usize * 512
+        };
+        let fits = lba + u64::from(count) <= SECTORS;
+        match op {
+            0x20 | 0x24 | 0xC8 | 0x25 if count > most => Must::Refuse(2),
+            0x20 | 0x24 | 0xC8 | 0x25 if fits => {
+                Must::Data(self.disk[range(count.into())].to_vec())
+            }
+            _ if writes && (count > most || frame.len() < 36 + 512 * usize::from(count)) => {
+                Must::Refuse(2)
+            }
+            _ if writes && fits => {
+                let range = range(count.into());
+                let len = range.len();
+                self.disk[range].copy_from_slice(&frame[36..36 + len]);
+                Must::Data(vec![])
+            }
+            0x40 | 0x42 if fits => Must::Data(vec![]),
+            0x20 | 0x24 | 0xC8 | 0x25 | 0x40 | 0x42 => Must::Fail(0x10),
+            _ if writes => Must::Fail(0x10),
+            0x06 if frame[25] & 1 == 0 || count != 1 => Must::Fail(4),
+            0x06 if frame.len() < 36 + 512 => Must::Refuse(2),
+            0x06 => self.trim(&frame[36..36 + 512]),
+            0xEC if count != 1 => Must::Refuse(2),
+            0xEC => Must::Succeed,
+            0xE7 | 0xEA => Must::Data(vec![]),
+            0xE5 => Must::Succeed,
+            0xEF if frame[25] == 0x82 => Must::Data(vec![]),
+            0xEF if frame[25] == 0x02 && !bench.target.settings.durable => Must::Data(vec![]),
+            0xB0 if frame[29..31] == [0x4F, 0xC2] => match frame[25] {
+                0xD8 => Must::Data(vec![]),
+                0xD0 | 0xDA if state.smart => Must::Succeed,
+                0xD9 if state.smart => Must::Data(vec![]),
+                _ => Must::Fail(4),
+            },
+            _ => Must::Fail(4),
+        }
+    }
+
+    fn trim(&mut self, entries: &[u8]) -> Must {
+        let ranges: Vec<(u64, u64)> = entries
+            .chunks(8)
+            .map(|e| {
+                let word = u64::from_le_bytes(e.try_into().unwrap());
+                (word & 0xFFFF_FFFF_FFFF, word >> 48)
+            })
+            .filter(|(_, count)| *count > 0)
+            .collect();
+        if ranges.iter().any(|(lba, count)| lba + count > SECTORS) {
+            return Must::Fail(0x10);
+        }
+        for (lba, count) in ranges {
+            self.disk[lba as usize * 512..(lba + count) as usize * 512].fill(0);
+        }
+        Must::Data(vec![])
+    }
+
+    /// Holds a reply against what it must be.
+    fn hold(&mut self, nic: NicId, reply: &Reply) {
+        if reply.command() != 0 || reply.error() == Some(5) {
+            return;
+        }
+        let key = (
+            nic.0,
+            [&reply.bytes()[..6], &reply.bytes()[20..24]].concat(),
+        );
+        let must = self.waiting.remove(&key);
+        let must = must.unwrap_or_else(|| panic!("unexpected: {reply:?}"));
+        let ata = reply.ata().unwrap();
+        let got = match (reply.error(), ata.status) {
+            (Some(code), _) => Must::Refuse(code),
+            (None, 0x40) if must == Must::Succeed => Must::Succeed,
+            (None, 0x40) => {
+                // Less is padding, and so are zeros behind SMART's registers.
+                let len = reply.bytes().len() - 36;
+                let data = len > 24 && must != Must::Data(vec![]);
+                let held = if data { len } else { 0 };
+                Must::Data(ata.data[..held].to_vec())
+            }
+            (None, _) => Must::Fail(ata.error),
+        };
+        match (&got, &must) {
+            (Must::Data(got), Must::Data(must)) => same(got, must),
+            _ => assert_eq!(got, must, "{reply:?}"),
+        }
+    }
+}
+
+/// A frame that may be right, or nearly.
+fn frame(chance: &mut Chance, bench: &mut Bench, captured: &[Vec<u8>]) -> (NicId, Vec<u8>) {
+    let nic = *chance.pick(&[SMALL, SMALL, JUMBO]);
+    let from = *chance.pick(&[ALICE, ALICE, BOB, CAROL]);
+    if chance.one_in(12) {
+        let mut bytes = chance.pick(captured).clone();
+        bytes[..6].copy_from_slice(&host::<MacAddr>(1 + nic.0 as u8).0);
+        bytes[6..12].copy_from_slice(&host::<MacAddr>(from).0);
+        bytes[16..19].copy_from_slice(&[0, SHELF as u8, SLOT]);
+        chance.spoil(&mut bytes, 12, 1514);
+        return (nic, bytes);
+    }
+    let ask = ask(chance, if nic == SMALL { 2 } else { 17 });
+    let mut bytes = bench.encode(nic, from, &ask);
+    if chance.one_in(10) {
+        chance.spoil(
+            &mut bytes,
+            24,
+            frame_max(if nic == SMALL { 1500 } else { 9000 }),
+        );
+    }
+    (nic, bytes)
+}
+
+fn ask(chance: &mut Chance, most: usize) -> Ask {
+    const OPCODES: [u8; 18] = [
+        0x20, 0x24, 0xC8, 0x25, 0x30, 0x34, 0xCA, 0x35, 0xEC, 0xE7, 0xEA, 0xE5, 0x40, 0x42, 0xEF,
+        0x06, 0xB0, 0x99,
+    ];
+    let lba = chance.below(SECTORS as usize + 2) as u64;
+    let count = chance.below(most + 1);
+    let fill = chance.draw() as u8;
+    let some = |chance: &mut Chance| -> Vec<_> {
+        let hosts = [ALICE, BOB, CAROL];
+        // Nobody is left out, so that the run goes on.
+        let all = chance.one_in(2);
+        let picked = hosts.iter().filter(|_| all);
+        picked.map(|h| host(*h)).collect()
+    };
+    match chance.below(30) {
+        0..9 => Ask::read(lba, count as u8),
+        9..18 => Ask::write(lba, &sectors(fill, count)),
+        18 => Ask::flush(),
+        19 => Ask::identify(),
+        20 => Ask::config(chance.below(7) as u8, &[b'a' + fill % 3]),
+        21 => Ask::config_replace(&[b'a' + fill % 3], b"b"),
+        22 => Ask::reserve(*chance.pick(&[0, 1, 2, 2, 3]), &some(chance)),
+        23 => {
+            let list: Vec<_> = some(chance);
+            let edits: Vec<_> = list.into_iter().map(Directive::add).collect();
+            Ask::mask_edit(&edits)
+        }
+        24 => Ask::write(lba, &sectors(fill, count)).shelf(0xFFFF),
+        25 => {
+            let mut ranges = sectors(0, 1);
+            let entry = (lba | (count as u64) << 48).to_le_bytes();
+            ranges[8..16].copy_from_slice(&entry);
+            let trim = Ata {
+                feature: 1,
+                count: 1,
+                opcode: 0x06,
+                ..Ata::default()
+            };
+            Ask::ata(trim, &ranges)
+        }
+        _ => {
+            let anywhere = chance.draw();
+            let registers = Ata {
+                aflags: chance.draw() as u8,
+                feature: *chance.pick(&[0, 1, 2, 0x82, 0xD0, 0xD8, 0xD9, 0xDA]),
+                count: *chance.pick(&[0, 1, 2, count as u8, 255]),
+                opcode: *chance.pick(&OPCODES),
+                lba: *chance.pick(&[lba, lba | 0xE000_0000, 0xC2_4F00, anywhere]),
+                reserved: [fill, 0],
+            };
+            let len = *chance.pick(&[0, 512, 511, count * 512]);
+            Ask::ata(registers, &vec![fill; len])
+        }
+    }
+}
+
+fn run(seed: u64) {
+    let mut chance = Chance::new(seed);
+    let captured = hostile::captured();
+    let mut bench = Bench::with(Settings {
+        durable: chance.one_in(4),
+        read_only: chance.one_in(8),
+        ..settings()
+    });
+    let mut model = Model {
+        disk: sectors(0, SECTORS as usize),
+        waiting: HashMap::new(),
+    };
+    for _ in 0..STEPS {
+        if chance.one_in(15) {
+            let shut = bench.desk.borrow().shut;
+            if shut { bench.open() } else { bench.shut() }
+        }
+        // Some jobs that were kept end, whichever.
+        for _ in 0..chance.below(4) {
+            let mut desk = bench.desk.borrow_mut();
+            let kept = desk.kept.len();
+            if kept > 0 {
+                let job = desk.kept.remove(chance.below(kept));
+                desk.passed.push_back(job);
+            }
+        }
+        if chance.one_in(3) {
+            settle(&mut bench, &mut model);
+        }
+        let (nic, bytes) = frame(&mut chance, &mut bench, &captured);
+        let Some(from) = heard(&bench, &bytes) else {
+            let got = bench.hand(nic, &bytes);
+            assert!(matches!(got, Got::Dropped(_) | Got::Rival(_)), "{got:?}");
+            continue;
+        };
+        let ata = bytes[19] == 0 && bytes[14] >> 4 == 1;
+        if !ata {
+            if let Got::Reply(reply) = bench.hand(nic, &bytes) {
+                model.hold(nic, &reply);
+            }
+            continue;
+        }
+        let must = model.order(&bench, nic, &bytes);
+        let key = (nic.0, [&from.0[..], &bytes[20..24]].concat());
+        if must != Must::Silence {
+            model.waiting.insert(key.clone(), must.clone());
+        }
+        match bench.hand(nic, &bytes) {
+            Got::Reply(reply) => model.hold(nic, &reply),
+            Got::Parked => assert_ne!(must, Must::Silence),
+            Got::Dropped(why) => assert_eq!((why, must), (Dropped::BroadcastChange, Must::Silence)),
+            Got::Rival(mac) => panic!("rival {mac}"),
+        }
+    }
+    bench.open();
+    settle(&mut bench, &mut model);
+    assert!(bench.target.is_idle());
+    assert!(model.waiting.is_empty(), "no answer: {:?}", model.waiting);
+    same(&bench.bytes(), &model.disk);
+    assert_eq!(bench.target.closing, 0);
+    if bench.target.settings.durable || !bench.target.state.write_cache {
+        same(&bench.stable(), &model.disk);
+    }
+    let saved = bench.saved().unwrap_or_default();
+    assert_eq!(saved, bench.target.state);
+}
+
+/// Whose request a frame is, if it is one that must get past admission.
+fn heard(bench: &Bench, bytes: &[u8]) -> Option<MacAddr> {
+    let need = match *bytes.get(19)? {
+        _ if bytes.len() < 24 => return None,
+        _ if bytes[14] >> 4 != 1 => 24,
+        0 => 36,
+        1 => 32,
+        2 => 28,
+        3 => 26,
+        _ => 24,
+    };
+    let from = MacAddr(bytes[6..12].try_into().unwrap());
+    let target = &bench.target;
+    let ours = (bytes[16..18] == [0, SHELF as u8] || bytes[16..18] == [0xFF, 0xFF])
+        && (bytes[18] == SLOT || bytes[18] == 0xFF);
+    let heard = bytes.len() >= need
+        && bytes[12..14] == [0x88, 0xA2]
+        && bytes[14] & 8 == 0
+        && ours
+        && admits(&target.settings.policy, &target.state, from);
+    heard.then_some(from)
+}
+
+fn settle(bench: &mut Bench, model: &mut Model) {
+    for (nic, reply) in bench.pump() {
+        model.hold(nic, &reply);
+    }
+    if bench.target.settings.durable && model.waiting.is_empty() {
+        same(&bench.stable(), &model.disk);
+    }
+}
+
+#[test]
+fn whatever_comes_reads_return_what_was_written() {
+    for seed in 0..SEEDS {
+        println!("seed {seed}");
+        run(seed);
+    }
+}
