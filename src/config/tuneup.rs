@@ -1,6 +1,6 @@
 //! Settings that few need: the built-in `tuneup.toml`, a file, single values.
 //!
-//! Each key stands once, in [`KEYS`], with its type and range; the defaults
+//! Each key stands once, in `KEYS`, with its type and range; the defaults
 //! stand in the file at the top level of the project, which is compiled in.
 
 use std::fmt;
