@@ -67,9 +67,15 @@ pub struct Cli {
     #[arg(long, value_name = "DIR", default_value = "/var/lib/aoede")]
     pub state_dir: PathBuf,
 
-    /// Where what lives until the next boot is kept
-    #[arg(long, value_name = "DIR", default_value = "/run/aoede")]
-    pub run_dir: PathBuf,
+    /// Where the cache's memory is kept: /run/aoede, or /dev/shm/aoede where
+    /// /run is no memory
+    #[arg(long, value_name = "DIR")]
+    pub run_dir: Option<PathBuf>,
+
+    /// Give up acknowledged writes that a dead target has left and that cannot
+    /// be used
+    #[arg(long)]
+    pub discard_arena: bool,
 
     /// Settings from a file
     #[arg(long, value_name = "FILE")]

@@ -11,4 +11,4 @@ mod options;
 mod size;
 
 pub use options::{ConfigError, LogChoice, Options, ShadowOption};
-pub use tuneup::Tuneup;
+pub use tuneup::{DiskEngine, Tuneup};

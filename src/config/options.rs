@@ -71,8 +71,10 @@ pub struct Options {
     pub shared_address: bool,
     /// Where the wire's state is kept.
     pub state_dir: PathBuf,
-    /// Where what lives until the next boot is kept.
-    pub run_dir: PathBuf,
+    /// Where the cache's memory is kept, if that was said.
+    pub run_dir: Option<PathBuf>,
+    /// Give up what a dead target has left and cannot be used.
+    pub discard_arena: bool,
     /// The settings.
     pub tuneup: Tuneup,
     /// Where messages go, if that was said.
@@ -190,7 +192,8 @@ impl TryFrom<Cli> for Options {
             shadow,
             shared_address: cli.shared_address,
             state_dir: absolute(&cli.state_dir)?,
-            run_dir: absolute(&cli.run_dir)?,
+            run_dir: cli.run_dir.as_deref().map(absolute).transpose()?,
+            discard_arena: cli.discard_arena,
             tuneup,
             log: log.transpose()?,
             level: match (cli.quiet, cli.verbose) {

@@ -35,8 +35,22 @@ pub struct Tuneup {
     pub parked_size: usize,
     /// How long to ask for rivals at the start.
     pub address_probe: Duration,
-    /// How long an orderly end may take.
-    pub stop_patience: Duration,
+    /// Bytes of cache.
+    pub cache_size: u64,
+    /// Percent of it that may be dirty.
+    pub dirty_ratio: u32,
+    /// By then a write is on stable storage.
+    pub max_dirty_age: Duration,
+    /// After so long without a request all is written back.
+    pub idle_flush: Duration,
+    /// How long a disk that fails is waited for.
+    pub io_patience: Duration,
+    /// Bytes read ahead.
+    pub read_ahead: u64,
+    /// Writes to the image at the same time.
+    pub write_depth: usize,
+    /// Who does disk work.
+    pub disk_engine: DiskEngine,
     /// Serial number; empty: made from address and host name.
     pub serial: String,
     /// Model.
@@ -58,10 +72,22 @@ enum Kind {
     Flag(fn(&mut Tuneup, bool)),
     Text(usize, fn(&mut Tuneup, String)),
     Engine(fn(&mut Tuneup, EngineChoice)),
+    Disk(fn(&mut Tuneup, DiskEngine)),
+}
+
+/// Who does disk work.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DiskEngine {
+    /// io_uring where the kernel gives it, else threads.
+    Auto,
+    /// io_uring or nothing.
+    IoUring,
+    /// Threads.
+    Threads,
 }
 
 /// Every key there is.
-const KEYS: [(&str, Kind); 11] = [
+const KEYS: [(&str, Kind); 18] = [
     ("receive", Kind::Engine(|t, v| t.receive = v)),
     (
         "ring_size",
@@ -93,11 +119,40 @@ const KEYS: [(&str, Kind); 11] = [
         }),
     ),
     (
-        "stop_patience",
-        Kind::Number(1..=3600, "seconds", |t, v| {
-            t.stop_patience = Duration::from_secs(v)
+        "cache_size",
+        Kind::Size(256 << 10..=64 << 30, |t, v| t.cache_size = v as u64),
+    ),
+    (
+        "dirty_ratio",
+        Kind::Number(10..=90, "percent", |t, v| t.dirty_ratio = v as u32),
+    ),
+    (
+        "max_dirty_age",
+        Kind::Number(100..=600_000, "milliseconds", |t, v| {
+            t.max_dirty_age = Duration::from_millis(v);
         }),
     ),
+    (
+        "idle_flush",
+        Kind::Number(1..=600_000, "milliseconds", |t, v| {
+            t.idle_flush = Duration::from_millis(v)
+        }),
+    ),
+    (
+        "io_patience",
+        Kind::Number(1..=3600, "seconds", |t, v| {
+            t.io_patience = Duration::from_secs(v)
+        }),
+    ),
+    (
+        "read_ahead",
+        Kind::Size(0..=64 << 20, |t, v| t.read_ahead = v as u64),
+    ),
+    (
+        "write_depth",
+        Kind::Number(1..=256, "writes", |t, v| t.write_depth = v as usize),
+    ),
+    ("disk_engine", Kind::Disk(|t, v| t.disk_engine = v)),
     ("serial", Kind::Text(20, |t, v| t.serial = v)),
     ("model", Kind::Text(40, |t, v| t.model = v)),
 ];
@@ -146,7 +201,14 @@ impl Default for Tuneup {
             disk_threads: 0,
             parked_size: 0,
             address_probe: Duration::ZERO,
-            stop_patience: Duration::ZERO,
+            cache_size: 0,
+            dirty_ratio: 0,
+            max_dirty_age: Duration::ZERO,
+            idle_flush: Duration::ZERO,
+            io_patience: Duration::ZERO,
+            read_ahead: 0,
+            write_depth: 0,
+            disk_engine: DiskEngine::Auto,
             serial: String::new(),
             model: String::new(),
         };
@@ -263,6 +325,13 @@ impl Tuneup {
                 Ok(engine) => set(self, engine),
                 Err(()) => return Err(format!("{key} takes auto, ring or recvmmsg")),
             },
+            (Kind::Disk(set), Value::Text(text)) => match text.as_str() {
+                "auto" => set(self, DiskEngine::Auto),
+                "io_uring" => set(self, DiskEngine::IoUring),
+                "threads" => set(self, DiskEngine::Threads),
+                _ => return Err(format!("{key} takes auto, io_uring or threads")),
+            },
+            (Kind::Disk(_), _) => return Err(format!("{key} takes auto, io_uring or threads")),
             (Kind::Engine(_), _) => return Err(format!("{key} takes auto, ring or recvmmsg")),
         }
         Ok(())

@@ -16,7 +16,7 @@ use std::fmt;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 
-use crate::sys::buffer::Buf;
+use crate::sys::buffer::Body;
 use crate::sys::link::{self, Link, LinkKind};
 use crate::sys::packet::PacketSocket;
 use crate::wire::{Address, ETHERTYPE, MacAddr, sectors_per_frame};
@@ -156,7 +156,7 @@ impl Port {
     }
 
     /// Sends what is queued, as far as the kernel takes it.
-    pub fn flush(&mut self, recycle: impl FnMut(Buf)) -> Flushed {
+    pub fn flush(&mut self, recycle: impl FnMut(Option<Body>)) -> Flushed {
         self.queue.flush(&self.socket, recycle)
     }
 

@@ -2,7 +2,7 @@
 
 use std::io;
 
-use crate::sys::buffer::{Buf, BufSlice};
+use crate::sys::buffer::Body;
 use crate::sys::packet::{BATCH, PacketSocket};
 use crate::wire::HEAD_MAX;
 
@@ -15,7 +15,7 @@ const CAPACITY: usize = 4 * BATCH;
 struct Reply {
     head: Box<[u8; HEAD_MAX]>,
     len: usize,
-    body: Option<BufSlice>,
+    body: Option<Body>,
 }
 
 /// Replies in the order they were made. What a reply borrows stays untouched
@@ -70,7 +70,7 @@ impl Queue {
     /// [`head`](Queue::head), with `body` behind them.
     ///
     /// Without room the body comes back.
-    pub fn push(&mut self, len: usize, body: Option<BufSlice>) -> Result<(), Option<BufSlice>> {
+    pub fn push(&mut self, len: usize, body: Option<Body>) -> Result<(), Option<Body>> {
         if self.waiting == CAPACITY {
             return Err(body);
         }
@@ -91,7 +91,11 @@ impl Queue {
     ///
     /// A frame the kernel refuses for good is counted and left out: no reply
     /// may hold up those behind it, and none ends the process.
-    pub(super) fn flush(&mut self, socket: &PacketSocket, mut recycle: impl FnMut(Buf)) -> Flushed {
+    pub(super) fn flush(
+        &mut self,
+        socket: &PacketSocket,
+        mut recycle: impl FnMut(Option<Body>),
+    ) -> Flushed {
         while self.waiting > 0 {
             let frames = (0..self.waiting.min(BATCH)).map(|n| {
                 let reply = &self.slots[(self.first + n) % CAPACITY];
@@ -113,8 +117,8 @@ impl Queue {
                 }
             };
             for _ in 0..done {
-                if let Some(body) = self.slots[self.first].body.take() {
-                    recycle(body.buf);
+                if let body @ Some(_) = self.slots[self.first].body.take() {
+                    recycle(body);
                 }
                 self.first = (self.first + 1) % CAPACITY;
                 self.waiting -= 1;

@@ -10,12 +10,13 @@ mod wait;
 
 use std::fmt;
 use std::io;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use crate::config::{Options, Tuneup};
 use crate::net::{self, Change, Flushed, Nic, NicError, NicId, PortOptions, probe::Rival};
-use crate::store::{Image, ImageError, StateError};
+use crate::store::{Image, ImageError, Record, RecoverError, StateError};
 use crate::sys::link::LinkWatch;
 use crate::sys::packet::BATCH;
 use crate::sys::signals::{Event, Signals};
@@ -28,6 +29,10 @@ use wait::Wait;
 const TURNS_MAX: usize = 16;
 /// Frames taken in one turn before the disk and the signals are looked at.
 const TURN: usize = 4 * BATCH;
+/// The same while reads wait for the disk, which is to have the next ones soon.
+const TURN_READING: usize = 8;
+/// The least time that sleeping is worth.
+const SHORT_SLEEP: Duration = Duration::from_micros(500);
 /// How often a NIC that could not be opened is tried again.
 const NIC_RETRY: Duration = Duration::from_secs(1);
 /// How often a rival is written about.
@@ -48,10 +53,11 @@ pub enum ServeError {
     Rival(Address, Rival),
     /// Another process of this machine has our address on this interface.
     Claimed(Address, String),
-    /// The disk did not finish in time at the end.
-    StopTimeout(Duration),
-    /// The last sync failed.
-    StopSync,
+    /// What a target that died has left.
+    Recover(RecoverError),
+    /// The disk did not finish in time at the end; the file that holds what is
+    /// not on it.
+    StopTimeout(Duration, Option<PathBuf>),
     /// A second signal to stop came before the first was carried out.
     StoppedTwice,
     /// A system call, and which.
@@ -80,14 +86,21 @@ impl fmt::Display for ServeError {
                 "{address} is taken: another process of this machine serves it on {nic}; choose \
                  another shelf or slot (--shared-address serves anyway)"
             ),
-            ServeError::StopTimeout(after) => write!(
-                f,
-                "the disk did not finish within {} s of the signal to stop; writes that were not \
-                 acknowledged may be missing",
-                after.as_secs()
-            ),
-            ServeError::StopSync => {
-                f.write_str("the last sync failed; what was written may not be on the disk")
+            ServeError::Recover(e) => write!(f, "{e}"),
+            ServeError::StopTimeout(after, arena) => {
+                write!(
+                    f,
+                    "the disk did not finish within {} s of the signal",
+                    after.as_secs()
+                )?;
+                match arena {
+                    Some(path) => write!(
+                        f,
+                        "; what is not on it is kept in {}, and the next start brings it there",
+                        path.display()
+                    ),
+                    None => f.write_str("; writes that were not acknowledged may be missing"),
+                }
             }
             ServeError::StoppedTwice => f.write_str("stopped at once by a second signal"),
             ServeError::System(what, e) => write!(f, "{what}: {e}"),
@@ -106,6 +119,8 @@ pub struct Export {
     nics: Vec<Nic>,
     port_options: PortOptions,
     target: Target,
+    /// Speaks of the arena as long as it is there.
+    record: Option<Record>,
     watch: LinkWatch,
     wait: Wait,
     /// Kept as long as the address is ours on this machine.
@@ -142,19 +157,18 @@ impl Export {
             self.attach(index)?;
         }
         self.advertise_everywhere();
-        let mut stopping: Option<Stopping> = None;
+        let mut stopping: Option<Instant> = None;
         let mut turns = 0;
         let mut looked = Instant::now();
         loop {
             let took = stopping.is_none() && self.take_frames();
             let advanced = self.target.has_work();
-            if advanced {
-                self.target.advance(Instant::now());
-            }
+            self.target.volume().set_alive(real_time());
+            self.target.advance(Instant::now());
             self.send_ready();
             let blocked = self.flush();
             if let Some(stop) = &stopping {
-                if let Some(result) = self.end(stop, blocked) {
+                if let Some(result) = self.end(*stop, blocked) {
                     return result;
                 }
             }
@@ -164,14 +178,10 @@ impl Export {
                     continue;
                 }
             }
-            let timeout = match &stopping {
-                _ if turns >= TURNS_MAX => Some(Duration::ZERO),
-                Some(stop) => Some(stop.left(self.tuneup.stop_patience)),
-                None => self
-                    .nics
-                    .iter()
-                    .any(|nic| nic.port.is_none())
-                    .then_some(NIC_RETRY),
+            let timeout = if turns >= TURNS_MAX {
+                Some(Duration::ZERO)
+            } else {
+                self.sleep(stopping)
             };
             turns = 0;
             let woken = self
@@ -201,7 +211,12 @@ impl Export {
         }
         let mut rival = None;
         let mut taken = 0;
-        while taken < TURN {
+        let most = if self.target.is_reading() {
+            TURN_READING
+        } else {
+            TURN
+        };
+        while taken < most {
             let limit = if taken == 0 { None } else { horizon };
             let Some(id) = net::earliest(&mut self.nics, limit) else {
                 break;
@@ -213,8 +228,8 @@ impl Export {
             if let (Some(frame), Some(head)) = (port.receiver.peek(), port.queue.head()) {
                 match self.target.handle(now, id, frame, head) {
                     Action::Reply { len, body } => {
-                        if let Err(Some(body)) = port.queue.push(len, body) {
-                            self.target.recycle(body.buf);
+                        if let Err(body) = port.queue.push(len, body) {
+                            self.target.recycle(body);
                         }
                     }
                     Action::Rival(mac) => rival = Some((mac, id)),
@@ -223,7 +238,7 @@ impl Export {
             }
             port.receiver.release();
             if port.queue.waiting() >= BATCH {
-                port.flush(|buf| self.target.recycle(buf));
+                port.flush(|body| self.target.recycle(body));
             }
         }
         if let Some((mac, id)) = rival {
@@ -244,15 +259,15 @@ impl Export {
                 continue;
             };
             if port.queue.waiting() >= BATCH {
-                port.flush(|buf| self.target.recycle(buf));
+                port.flush(|body| self.target.recycle(body));
             }
             let Some(head) = port.queue.head() else {
                 self.target.skip();
                 continue;
             };
             if let Action::Reply { len, body } = self.target.emit(head) {
-                if let Err(Some(body)) = port.queue.push(len, body) {
-                    self.target.recycle(body.buf);
+                if let Err(body) = port.queue.push(len, body) {
+                    self.target.recycle(body);
                 }
             }
         }
@@ -266,7 +281,7 @@ impl Export {
                 continue;
             };
             let blocked = port.queue.waiting() > 0
-                && port.flush(|buf| self.target.recycle(buf)) == Flushed::Blocked;
+                && port.flush(|body| self.target.recycle(body)) == Flushed::Blocked;
             any_blocked |= blocked;
             self.wait.want_writable(index, port, blocked);
         }
@@ -276,9 +291,13 @@ impl Export {
     /// Looks for the next frame for a moment; says whether there is work.
     ///
     /// Only a ring can be looked at without asking the kernel.
-    fn spin(&self) -> bool {
-        let until = Instant::now() + self.tuneup.spin;
-        let ports = || self.nics.iter().filter_map(|nic| nic.port.as_ref());
+    fn spin(&mut self) -> bool {
+        let now = Instant::now();
+        // What is due sooner than a sleep could end is waited for here.
+        let due = self.target.deadline().filter(|at| *at <= now + SHORT_SLEEP);
+        let until = due.unwrap_or(now).max(now + self.tuneup.spin);
+        let nics = &self.nics;
+        let ports = || nics.iter().filter_map(|nic| nic.port.as_ref());
         if !ports().any(|port| port.receiver.is_ring()) {
             return false;
         }
@@ -287,44 +306,58 @@ impl Export {
                 return true;
             }
             if Instant::now() >= until {
-                return false;
+                return due.is_some();
             }
             std::hint::spin_loop();
         }
     }
 
+    /// How long nothing has to be done, unless something happens.
+    fn sleep(&self, stopping: Option<Instant>) -> Option<Duration> {
+        let now = Instant::now();
+        let disk = self
+            .target
+            .deadline()
+            .map(|at| at.saturating_duration_since(now));
+        let stop =
+            stopping.map(|since| (since + self.tuneup.io_patience).saturating_duration_since(now));
+        let nic = self
+            .nics
+            .iter()
+            .any(|nic| nic.port.is_none())
+            .then_some(NIC_RETRY);
+        [disk, stop, nic].into_iter().flatten().min()
+    }
+
     /// How a stop goes on: `None` while the disk has not finished.
-    fn end(&self, stop: &Stopping, blocked: bool) -> Option<Result<(), ServeError>> {
-        let patience = self.tuneup.stop_patience;
+    fn end(&mut self, since: Instant, blocked: bool) -> Option<Result<(), ServeError>> {
+        let patience = self.tuneup.io_patience;
         if self.target.is_idle() && !blocked {
             log::info!("{} stopped: {}", self.address, self.target.counters());
-            let failed = self.target.failures().syncs > stop.syncs_failed;
-            return Some(if failed {
-                Err(ServeError::StopSync)
-            } else {
-                Ok(())
-            });
+            // The record first: without it nobody looks for the arena.
+            if let Some(Err(e)) = self.record.take().map(Record::remove) {
+                log::warn!("removing the record of the arena: {e}");
+            }
+            if let Err(e) = self.target.volume().remove_arena() {
+                log::warn!("removing the arena: {e}");
+            }
+            return Some(Ok(()));
         }
-        stop.left(patience)
-            .is_zero()
-            .then_some(Err(ServeError::StopTimeout(patience)))
+        let arena = self.target.volume().arena_path();
+        (since.elapsed() >= patience).then_some(Err(ServeError::StopTimeout(patience, arena)))
     }
 
     fn obey(
         &mut self,
         signals: &Signals,
-        stopping: &mut Option<Stopping>,
+        stopping: &mut Option<Instant>,
     ) -> Result<(), ServeError> {
         while let Some(event) = signals.next() {
             match event {
                 Event::Stop if stopping.is_some() => return Err(ServeError::StoppedTwice),
                 Event::Stop => {
-                    let syncs_failed = self.target.failures().syncs;
-                    *stopping = Some(Stopping {
-                        since: Instant::now(),
-                        syncs_failed,
-                    });
-                    self.target.flush();
+                    *stopping = Some(Instant::now());
+                    self.target.drain();
                 }
                 Event::Measure => self.measure(),
                 Event::Order(count) => log::warn!(
@@ -410,7 +443,7 @@ impl Export {
         };
         for mac in self.target.audience() {
             if port.queue.waiting() >= BATCH {
-                port.flush(|buf| self.target.recycle(buf));
+                port.flush(|body| self.target.recycle(body));
             }
             let Some(head) = port.queue.head() else {
                 return;
@@ -435,19 +468,6 @@ impl Export {
                 self.address
             );
         }
-    }
-}
-
-/// An end in order that is under way.
-struct Stopping {
-    since: Instant,
-    /// Syncs that had failed before, which the end is not to blame for.
-    syncs_failed: u64,
-}
-
-impl Stopping {
-    fn left(&self, patience: Duration) -> Duration {
-        patience.saturating_sub(self.since.elapsed())
     }
 }
 

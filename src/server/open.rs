@@ -9,10 +9,13 @@ use std::time::{Duration, Instant};
 use super::wait::Wait;
 use super::{Export, ServeError, real_time};
 use crate::access::WireState;
-use crate::config::Options;
+use crate::config::{DiskEngine, Options, Tuneup};
 use crate::drive::Identity;
 use crate::net::{Nic, NicError, NicId, NicTrouble, PortOptions, probe};
-use crate::store::{Backing, Image, ImageError, Pool, StateFile, Volume};
+use crate::store::{
+    ArenaOptions, Backing, Cache, Disk, Image, ImageError, Pool, StateFile, UringDisk, Volume,
+    VolumeOptions, prepare,
+};
 use crate::sys::link::LinkWatch;
 use crate::target::{Settings, Target};
 use crate::wire::{Address, ETHERNET_HEADER};
@@ -90,21 +93,36 @@ pub(super) fn open(options: &Options) -> Result<Export, ServeError> {
     // its state no more.
     let (file, state) = load_state(options)?;
 
-    let backing: Arc<dyn Backing> = Arc::<Image>::clone(&image);
-    let pool = Pool::start(backing, tuneup.disk_threads).map_err(system("starting threads"))?;
+    let arena_options = ArenaOptions {
+        state_dir: options.state_dir.clone(),
+        run_dir: options.run_dir.clone(),
+        cache_size: tuneup.cache_size,
+        discard: options.discard_arena,
+    };
+    let prepared = prepare(&image, &arena_options).map_err(ServeError::Recover)?;
+    let slots = u64::from(prepared.arena.count());
+    let dirty_max = (slots * u64::from(tuneup.dirty_ratio) / 100) as u32;
+    let cache = Cache::new(prepared.arena, image.align(), dirty_max);
     let longest = nics
         .iter()
         .filter_map(|nic| nic.link)
         .map(|link| link.mtu)
         .max()
         .unwrap_or(0);
-    let volume = Volume::new(
-        Box::new(pool),
-        bounds,
-        image.align(),
-        longest as usize + ETHERNET_HEADER,
-        tuneup.parked_size,
-    );
+    let volume_options = VolumeOptions {
+        align: image.align(),
+        direct: options.image.direct,
+        write_through: prepared.write_through,
+        request_max: longest as usize + ETHERNET_HEADER,
+        parked_max: tuneup.parked_size,
+        max_dirty_age: tuneup.max_dirty_age,
+        idle_flush: tuneup.idle_flush,
+        io_patience: tuneup.io_patience,
+        read_ahead: tuneup.read_ahead,
+        write_depth: tuneup.write_depth,
+    };
+    let disk = disk(&image, &tuneup).map_err(system("starting the disk engine"))?;
+    let volume = Volume::new(Instant::now(), disk, cache, bounds, volume_options);
     let settings = Settings {
         address,
         buffers: options.buffers,
@@ -126,11 +144,25 @@ pub(super) fn open(options: &Options) -> Result<Export, ServeError> {
         nics,
         port_options,
         target,
+        record: prepared.record,
         watch,
         wait,
         _claims: claims,
         rival_logged: None,
     })
+}
+
+/// The engine that does what must wait for the disk.
+fn disk(image: &Arc<Image>, tuneup: &Tuneup) -> std::io::Result<Box<dyn Disk>> {
+    if tuneup.disk_engine != DiskEngine::Threads {
+        match UringDisk::start(Arc::clone(image)) {
+            Ok(disk) => return Ok(Box::new(disk)),
+            Err(e) if tuneup.disk_engine == DiskEngine::IoUring => return Err(e),
+            Err(e) => log::info!("no io_uring ({e}); threads do the disk work"),
+        }
+    }
+    let backing: Arc<dyn Backing> = Arc::<Image>::clone(image);
+    Ok(Box::new(Pool::start(backing, tuneup.disk_threads)?))
 }
 
 /// The file of the wire's state, and what it holds.

@@ -40,7 +40,9 @@ impl Wait {
         let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
         epoll.add(links, EpollEvent::new(EpollFlags::EPOLLIN, LINKS))?;
         if let Some(disk) = disk {
-            epoll.add(disk, EpollEvent::new(EpollFlags::EPOLLIN, DISK))?;
+            // Each write to it is an edge; nobody has to read it.
+            let flags = EpollFlags::EPOLLIN | EpollFlags::EPOLLET;
+            epoll.add(disk, EpollEvent::new(flags, DISK))?;
         }
         Ok(Wait {
             epoll,

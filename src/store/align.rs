@@ -11,7 +11,7 @@ use super::disk::Backing;
 use crate::sys::buffer::{Buf, BufSlice};
 
 /// The aligned bytes around `len` bytes at `at`: where they begin, and how many.
-fn around(at: u64, len: usize, align: usize) -> (u64, usize) {
+pub(super) fn around(at: u64, len: usize, align: usize) -> (u64, usize) {
     let before = (at % align as u64) as usize;
     (at - before as u64, (before + len).next_multiple_of(align))
 }

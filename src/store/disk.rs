@@ -9,11 +9,11 @@ use shadow::BlockFile;
 
 use super::align;
 use super::state::StateFile;
-use crate::sys::buffer::{Buf, BufSlice};
+use crate::sys::buffer::{Body, Buf, BufSlice};
 
 /// Which job, in the volume's own numbering.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub struct JobId(pub u32);
+pub struct JobId(pub u64);
 
 /// What an engine works on: a file, and what files can do beyond bytes.
 pub trait Backing: BlockFile {
@@ -31,6 +31,19 @@ pub trait Backing: BlockFile {
     fn align(&self) -> usize {
         1
     }
+
+    /// Writes all of the pieces, one behind the other, at `offset`.
+    fn write_pieces(&self, pieces: &[Body], offset: u64) -> io::Result<()> {
+        let mut at = offset;
+        for piece in pieces {
+            self.write_at(piece, at)?;
+            at += piece.len() as u64;
+        }
+        Ok(())
+    }
+
+    /// Says that these bytes will be read soon.
+    fn prefetch(&self, _offset: u64, _len: u64) {}
 
     /// Offsets and lengths of discards must be multiples of this.
     fn discard_align(&self) -> usize {
@@ -66,13 +79,14 @@ pub enum Job {
         /// Where they go.
         buf: Buf,
     },
-    /// Writes the slice at `at`; it begins in its buffer where `at` lies in its
-    /// aligned block, with room to spare behind.
-    Write {
+    /// Writes runs, each of whole aligned blocks.
+    Write(Vec<Segment>),
+    /// Says that so many bytes will be read soon.
+    Prefetch {
         /// Offset in the backing.
         at: u64,
-        /// The data.
-        data: BufSlice,
+        /// How many bytes.
+        len: u64,
     },
     /// Reads and forgets.
     Verify {
@@ -94,10 +108,19 @@ pub enum Job {
     },
 }
 
+/// A run of bytes to be written.
+#[derive(Debug)]
+pub struct Segment {
+    /// Offset in the backing.
+    pub at: u64,
+    /// The data, one piece behind the other, unchanged until the job has ended.
+    pub pieces: Vec<Body>,
+}
+
 /// What kind of job a result belongs to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum JobKind {
-    /// [`Job::Read`] or [`Job::Verify`].
+    /// [`Job::Read`], [`Job::Verify`] or [`Job::Prefetch`].
     Read,
     /// [`Job::Write`] or [`Job::Discard`].
     Write,
@@ -112,7 +135,7 @@ pub enum JobKind {
 pub struct Done {
     /// Which.
     pub id: JobId,
-    /// The buffer it had: of a read the data, of anything else to be used again.
+    /// Of a read the data.
     pub data: Option<BufSlice>,
     /// How it went.
     pub result: Result<(), DiskError>,
@@ -152,16 +175,19 @@ impl std::error::Error for DiskError {}
 /// An engine that does jobs. Jobs that are under way together may end in any
 /// order.
 pub trait Disk {
-    /// Takes a job.
+    /// Takes a job, which may wait for [`kick`](Disk::kick) to begin.
     fn submit(&mut self, id: JobId, job: Job);
+    /// Begins all that was taken.
+    fn kick(&mut self) {}
     /// A job that ended, if one has.
     fn reap(&mut self) -> Option<Done>;
     /// A read answered from memory, or `false` at once.
     fn try_now(&self, buf: &mut [u8], offset: u64) -> bool;
-    /// Becomes readable when jobs have ended; `None` if they end in `submit`.
+    /// Is written each time jobs have ended, so it is to be watched for edges;
+    /// `None` if they end in `submit`.
     fn wake_fd(&self) -> Option<BorrowedFd<'_>>;
     /// Whether a look at [`reap`](Disk::reap) is worth it; costs nothing.
-    fn has_done(&self) -> bool;
+    fn has_done(&mut self) -> bool;
 }
 
 impl Job {
@@ -188,12 +214,27 @@ impl Job {
                     result: fail(JobKind::Read, Some(at), result),
                 }
             }
-            Job::Write { at, mut data } => {
-                let result = align::write(backing, at, &mut data);
+            Job::Write(segments) => {
+                let bad = segments.iter().find_map(|segment| {
+                    let result = backing.write_pieces(&segment.pieces, segment.at);
+                    result.err().map(|e| (segment.at, e))
+                });
+                let result = match bad {
+                    Some((at, e)) => fail(JobKind::Write, Some(at), Err(e)),
+                    None => Ok(()),
+                };
                 Done {
                     id,
-                    data: Some(data),
-                    result: fail(JobKind::Write, Some(at), result),
+                    data: None,
+                    result,
+                }
+            }
+            Job::Prefetch { at, len } => {
+                backing.prefetch(at, len);
+                Done {
+                    id,
+                    data: None,
+                    result: Ok(()),
                 }
             }
             Job::Verify { at, len } => {

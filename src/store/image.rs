@@ -2,16 +2,21 @@
 
 use std::fmt;
 use std::fs::{File, OpenOptions};
-use std::io;
+use std::io::{self, IoSlice};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, UNIX_EPOCH};
 
-use nix::fcntl::{FallocateFlags, FcntlArg, fallocate, fcntl};
+use nix::fcntl::{FallocateFlags, FcntlArg, PosixFadviseAdvice, fallocate, fcntl, posix_fadvise};
+use nix::sys::uio::pwritev;
 use shadow::{BlockFile, SECTOR};
 
+use super::align;
+use super::arena::ImageId;
 use super::disk::Backing;
 use super::volume::Bounds;
+use crate::sys::buffer::{Body, Buf, BufSlice};
 use crate::sys::file::{block_device, direct_align, read_now};
 
 /// How long a lock that someone still holds is asked for again: io_uring may
@@ -155,8 +160,9 @@ pub struct Image {
     discard_align: u32,
     direct: bool,
     physical: u64,
-    can_discard: bool,
+    read_only: bool,
     identity: u64,
+    id: ImageId,
 }
 
 impl Image {
@@ -221,11 +227,17 @@ impl Image {
             } else {
                 512
             },
-            can_discard: false,
+            read_only: options.read_only,
             identity: identity(&metadata, is_device, options.window),
+            id: image_id(&metadata, is_device),
         };
-        image.bounds()?;
-        image.can_discard = !options.read_only && image.probe_discard();
+        let bounds = image.bounds()?;
+        image.id.start = bounds.start;
+        // A window that reaches to the end grows with the image.
+        image.id.len = match options.window.length {
+            Some(_) => bounds.sectors * SECTOR,
+            None => i64::MAX as u64 - bounds.start,
+        };
         Ok(image)
     }
 
@@ -281,15 +293,74 @@ impl Image {
         )
     }
 
-    /// Whether discarding works.
+    /// Whether discarding works. Asking may change the time of the last change,
+    /// so what a dead process has left is to be looked at before.
     pub fn can_discard(&self) -> bool {
-        self.can_discard
+        !self.read_only && self.probe_discard()
     }
 
     /// A number that this image and window have and hardly any other, the same
     /// at every start as long as the file is the same one.
     pub fn identity(&self) -> u64 {
         self.identity
+    }
+
+    /// Which image and window this is, for what is kept about it elsewhere.
+    pub fn id(&self) -> ImageId {
+        self.id
+    }
+
+    /// Whether it is read and written past the page cache.
+    pub fn is_direct(&self) -> bool {
+        self.direct
+    }
+
+    /// Whether it is never written.
+    pub fn is_read_only(&self) -> bool {
+        self.read_only
+    }
+
+    /// When it was last changed, in nanoseconds of real time (`None` of a
+    /// device, which does not tell), and how many bytes it has.
+    pub fn changed_and_size(&self) -> io::Result<(Option<u64>, u64)> {
+        let metadata = self.file.metadata()?;
+        let changed = metadata.mtime() as u64 * 1_000_000_000 + metadata.mtime_nsec() as u64;
+        Ok(((!self.is_device).then_some(changed), self.bytes()?))
+    }
+
+    /// Writes bytes anywhere, aligned or not, before anything else is served.
+    pub fn write_unaligned(&self, bytes: &[u8], at: u64) -> io::Result<()> {
+        if self.read_only {
+            return Err(io::Error::other(
+                "it is open read-only; start it once without -r",
+            ));
+        }
+        let align = self.align as usize;
+        let start = (at % align as u64) as usize;
+        let mut buf = Buf::new(bytes.len() + 2 * align)?;
+        let range = start..start + bytes.len();
+        buf[range.clone()].copy_from_slice(bytes);
+        align::write(self, at, &mut BufSlice { buf, range })
+    }
+
+    /// Locks what of these bytes is outside of our window, until the guard
+    /// goes.
+    pub fn lock_besides(&self, start: u64, len: u64) -> io::Result<SideLock<'_>> {
+        let ours = (self.id.start, self.id.start + self.id.len);
+        let end = start.saturating_add(len);
+        let mut guard = SideLock {
+            file: &self.file,
+            ranges: Vec::new(),
+        };
+        for (from, to) in [(start, end.min(ours.0)), (start.max(ours.1), end)] {
+            // Without -l our own lock has no end.
+            let beyond = self.window.length.is_none() && from >= ours.1;
+            if from < to && !beyond {
+                set_lock(&self.file, libc::F_WRLCK, from as i64, (to - from) as i64)?;
+                guard.ranges.push((from as i64, (to - from) as i64));
+            }
+        }
+        Ok(guard)
     }
 
     fn bytes(&self) -> io::Result<u64> {
@@ -326,6 +397,12 @@ impl Image {
     }
 }
 
+impl AsFd for Image {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
+    }
+}
+
 impl BlockFile for Image {
     fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
         self.file.read_exact_at(buf, offset)
@@ -354,6 +431,37 @@ impl Backing for Image {
             }
             result => result,
         }
+    }
+
+    fn write_pieces(&self, pieces: &[Body], mut offset: u64) -> io::Result<()> {
+        for pieces in pieces.chunks(libc::UIO_MAXIOV as usize) {
+            let vectors: Vec<IoSlice> = pieces.iter().map(|piece| IoSlice::new(piece)).collect();
+            let len: usize = pieces.iter().map(|piece| piece.len()).sum();
+            let mut done = match pwritev(&self.file, &vectors, offset as i64) {
+                Ok(done) => done,
+                Err(nix::Error::EINTR) => 0,
+                Err(errno) => return Err(errno.into()),
+            };
+            // The rest of a short write, which is rare, piece by piece.
+            let mut at = 0;
+            for piece in pieces {
+                let end = at + piece.len();
+                if done < end {
+                    self.file
+                        .write_all_at(&piece[done - at..], offset + done as u64)?;
+                    done = end;
+                }
+                at = end;
+            }
+            offset += len as u64;
+        }
+        Ok(())
+    }
+
+    fn prefetch(&self, offset: u64, len: u64) {
+        let advice = PosixFadviseAdvice::POSIX_FADV_WILLNEED;
+        // Only a hint.
+        let _ = posix_fadvise(&self.file, offset as i64, len as i64, advice);
     }
 
     fn align(&self) -> usize {
@@ -409,24 +517,66 @@ fn lock(file: &File, options: &ImageOptions) -> Result<(), ImageTrouble> {
             .and_then(|b| i64::try_from(b).ok());
         bytes.ok_or(ImageTrouble::WindowPastEnd(i64::MAX as u64 / SECTOR))
     };
+    let kind = if options.read_only {
+        libc::F_RDLCK
+    } else {
+        libc::F_WRLCK
+    };
+    let start = byte(options.window.offset)?;
+    // 0 is to the end, wherever that will be.
+    let len = byte(options.window.length.unwrap_or(0))?;
+    set_lock(file, kind, start, len).map_err(|e| match e.raw_os_error() {
+        Some(libc::EAGAIN | libc::EACCES) => ImageTrouble::Locked,
+        _ => ImageTrouble::System("locking it", e),
+    })
+}
+
+fn set_lock(file: &File, kind: i32, start: i64, len: i64) -> io::Result<()> {
     let lock = libc::flock {
-        l_type: if options.read_only {
-            libc::F_RDLCK
-        } else {
-            libc::F_WRLCK
-        } as i16,
+        l_type: kind as i16,
         l_whence: libc::SEEK_SET as i16,
-        l_start: byte(options.window.offset)?,
-        // 0 is to the end, wherever that will be.
-        l_len: byte(options.window.length.unwrap_or(0))?,
+        l_start: start,
+        l_len: len,
         l_pid: 0,
     };
-    fcntl(file, FcntlArg::F_OFD_SETLK(&lock))
-        .map(drop)
-        .map_err(|errno| match errno {
-            nix::Error::EAGAIN | nix::Error::EACCES => ImageTrouble::Locked,
-            errno => ImageTrouble::System("locking it", errno.into()),
-        })
+    Ok(fcntl(file, FcntlArg::F_OFD_SETLK(&lock)).map(drop)?)
+}
+
+/// Locks besides our own, as long as this lives.
+#[derive(Debug)]
+pub struct SideLock<'a> {
+    file: &'a File,
+    ranges: Vec<(i64, i64)>,
+}
+
+impl Drop for SideLock<'_> {
+    fn drop(&mut self) {
+        for (start, len) in &self.ranges {
+            // What cannot be unlocked goes with the file.
+            let _ = set_lock(self.file, libc::F_UNLCK, *start, *len);
+        }
+    }
+}
+
+/// The image itself; the window is added when it is known.
+fn image_id(metadata: &std::fs::Metadata, is_device: bool) -> ImageId {
+    let birth = metadata
+        .created()
+        .ok()
+        .and_then(|t| t.duration_since(UNIX_EPOCH).ok());
+    let birth = birth.map_or(0, |t| t.as_nanos() as u64);
+    let (device, inode, birth) = if is_device {
+        (metadata.rdev(), 0, 0)
+    } else {
+        (metadata.dev(), metadata.ino(), birth)
+    };
+    ImageId {
+        device,
+        inode,
+        birth,
+        start: 0,
+        len: 0,
+    }
 }
 
 /// Makes an image; leaves nothing behind if that fails.

@@ -58,7 +58,7 @@ impl Disk for Inline {
         None
     }
 
-    fn has_done(&self) -> bool {
+    fn has_done(&mut self) -> bool {
         !self.done.is_empty() || self.held.as_ref().is_some_and(|held| !held.is_empty())
     }
 }

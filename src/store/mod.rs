@@ -9,16 +9,26 @@
 //! cache or hands a [`Job`] to a [`Disk`], whose results are reaped later.
 
 mod align;
+mod arena;
+mod cache;
 mod disk;
 mod image;
 mod inline;
 mod pool;
+mod recover;
 mod state;
+mod uring;
 mod volume;
 
-pub use disk::{Backing, Disk, DiskError, Done, Job, JobId, JobKind};
+pub use arena::{Arena, ArenaTrouble, ImageId, OldArena};
+pub use cache::Cache;
+pub use disk::{Backing, Disk, DiskError, Done, Job, JobId, JobKind, Segment};
 pub use image::{Create, Image, ImageError, ImageOptions, ImageTrouble, Window};
 pub use inline::Inline;
 pub use pool::Pool;
+pub use recover::{ArenaOptions, Prepared, Record, RecoverError, RecoverTrouble, prepare};
 pub use state::{StateError, StateFile};
-pub use volume::{Bounds, Completed, Failures, JOBS_MAX, NoRoom, Read, Token, Volume};
+pub use uring::UringDisk;
+pub use volume::{
+    Bounds, Completed, Failures, PARKED_MAX, Read, Refused, Token, Volume, VolumeOptions, Write,
+};

@@ -22,7 +22,7 @@ struct Shared {
     /// Set before the eventfd is written, so that a loop that spins need not
     /// lock to look.
     has_done: AtomicBool,
-    event: EventFd,
+    event: Arc<EventFd>,
 }
 
 #[derive(Default)]
@@ -41,14 +41,29 @@ pub struct Pool {
 impl Pool {
     /// Starts `threads` threads, at least one.
     pub fn start(backing: Arc<dyn Backing>, threads: usize) -> io::Result<Pool> {
+        Pool::start_with(backing, threads, Arc::new(Pool::event()?))
+    }
+
+    /// What an engine writes when jobs have ended. It is watched for edges, so
+    /// it is never read.
+    pub fn event() -> io::Result<EventFd> {
         let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
+        Ok(EventFd::from_value_and_flags(0, flags)?)
+    }
+
+    /// Starts threads that write this event, which others may write too.
+    pub fn start_with(
+        backing: Arc<dyn Backing>,
+        threads: usize,
+        event: Arc<EventFd>,
+    ) -> io::Result<Pool> {
         let shared = Arc::new(Shared {
             backing,
             todo: Mutex::new(Todo::default()),
             wake: Condvar::new(),
             done: Mutex::new(VecDeque::new()),
             has_done: AtomicBool::new(false),
-            event: EventFd::from_value_and_flags(0, flags)?,
+            event,
         });
         let mut pool = Pool {
             shared,
@@ -82,8 +97,7 @@ fn work(shared: &Shared) {
         list.push_back(done);
         shared.has_done.store(true, Ordering::Release);
         if first {
-            // Under the lock, so that who empties the list empties this too.
-            // Fails only when the counter is full, and then it is readable.
+            // Fails only when the counter is full: never in our time.
             let _ = shared.event.write(1);
         }
     }
@@ -100,7 +114,6 @@ impl Disk for Pool {
             let mut list = self.shared.done.lock();
             self.shared.has_done.store(false, Ordering::Relaxed);
             std::mem::swap(&mut *list, &mut self.reaped);
-            let _ = self.shared.event.read();
         }
         self.reaped.pop_front()
     }
@@ -113,7 +126,7 @@ impl Disk for Pool {
         Some(self.shared.event.as_fd())
     }
 
-    fn has_done(&self) -> bool {
+    fn has_done(&mut self) -> bool {
         !self.reaped.is_empty() || self.shared.has_done.load(Ordering::Acquire)
     }
 }

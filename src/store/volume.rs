@@ -1,29 +1,44 @@
 //! The export's disk as its target sees it: sectors in, sectors out, never
 //! waiting.
 //!
-//! Rules kept here:
-//! - Jobs that share bytes (whole blocks, where the backing wants those) are
-//!   under way one after the other, in the order they came, if one of them
-//!   writes. So a write that was acknowledged is what a later read sees, two
-//!   writes land in their order, and no read sees half a sector.
-//! - One sync at a time; all that waits when it starts is served by it, what
-//!   comes later waits for the next.
-//! - Memory is bounded: bytes of jobs under way, and their number.
+//! Reads are answered from the cache, else from the page cache if that needs no
+//! waiting, else by a fill. Writes go into the cache, and from there, in large
+//! runs and in the order of their places, to the image. Rules kept here:
+//!
+//! - A read sees every write acknowledged before it: what is dirty lies over
+//!   what the disk has. A fill that a write overtook is not kept.
+//! - What waits for stable storage waits for an epoch (see the cache): one sync
+//!   serves all that wait. Data grows no older than `max_dirty_age`.
+//! - A discard comes when all before it is on the disk and nothing is being
+//!   read; what comes behind it waits.
+//! - Memory is bounded: what has no slot waits in a list bounded in bytes.
+
+mod reads;
+mod writes;
 
 use std::collections::VecDeque;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
-use shadow::Extent;
+use shadow::{Extent, Lba, SECTOR};
 
+use super::cache::{Cache, Epoch};
 use super::disk::{Disk, DiskError, Done, Job, JobId, JobKind};
 use super::state::StateFile;
-use crate::sys::buffer::{Buf, BufSlice};
+use crate::sys::buffer::{Body, Buf, BufSlice};
 
-/// The most jobs under way or waiting for their turn.
-pub const JOBS_MAX: usize = 1024;
-const SYNC: JobId = JobId(u32::MAX);
-const SAVE: JobId = JobId(u32::MAX - 1);
+use reads::{Fill, Stream};
+use writes::{Discarding, Gather, ParkedWrite, Trouble, Waiter};
+
+/// The most requests that wait for the disk.
+pub const PARKED_MAX: usize = 1024;
+/// Results taken in at a time. Their replies leave before more are looked at,
+/// so that initiators ask for more while the disk is still busy: a long queue is
+/// kept full by small steps, not by waves.
+const REAP_MAX: usize = 8;
+/// Sequential readers that are told apart.
+const STREAMS: usize = 32;
 
 /// The caller's name for a request that is under way.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -38,16 +53,30 @@ pub struct Bounds {
     pub sectors: u64,
 }
 
-/// Too much is under way already; nothing was done.
+/// Why a request was not taken; nothing was done.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct NoRoom;
+pub enum Refused {
+    /// Too much is under way already.
+    NoRoom,
+    /// The disk below does not take writes any more.
+    Degraded,
+}
 
 /// How a read went on.
 #[derive(Debug)]
 pub enum Read {
     /// Here is the data.
-    Ready(BufSlice),
+    Ready(Body),
     /// It comes later, as [`Completed`].
+    Parked,
+}
+
+/// How a write went on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Write {
+    /// It is where it survives us.
+    Done,
+    /// It ends later, as [`Completed`].
     Parked,
 }
 
@@ -57,7 +86,7 @@ pub struct Completed {
     /// Whose.
     pub token: Token,
     /// The data of a read.
-    pub data: Option<BufSlice>,
+    pub data: Option<Body>,
     /// Whether it was done, all of it.
     pub ok: bool,
 }
@@ -73,90 +102,143 @@ pub struct Failures {
     pub syncs: u64,
 }
 
-/// Bytes of the backing, whole blocks of it.
+/// How a volume treats its disk.
 #[derive(Clone, Copy, Debug)]
-struct Span {
-    start: u64,
-    end: u64,
+pub struct VolumeOptions {
+    /// The disk takes whole blocks of so many bytes.
+    pub align: usize,
+    /// There is no page cache between the disk and us.
+    pub direct: bool,
+    /// A write is acknowledged when the image has it, since our memory would
+    /// not survive us.
+    pub write_through: bool,
+    /// Bytes that a request may carry.
+    pub request_max: usize,
+    /// Bytes of data that may wait for a slot.
+    pub parked_max: usize,
+    /// By then a write is on stable storage.
+    pub max_dirty_age: Duration,
+    /// After so long without a request all that is dirty is written back.
+    pub idle_flush: Duration,
+    /// So long a durable write waits for a disk that fails.
+    pub io_patience: Duration,
+    /// Bytes read ahead of a sequential reader.
+    pub read_ahead: u64,
+    /// Jobs that write at the same time.
+    pub write_depth: usize,
 }
 
-/// A job under way or waiting.
+/// A job under way.
 #[derive(Debug)]
-struct Entry {
-    token: Token,
-    kind: JobKind,
-    span: Span,
-    /// What it counts against the limit.
-    bytes: usize,
-    /// Acknowledged only after a sync.
-    durable: bool,
-    /// The job itself, while it waits for its turn.
-    waiting: Option<Job>,
+enum Under {
+    Fill(Fill),
+    Write(Vec<u32>),
+    Verify(Token),
+    Prefetch,
 }
 
-impl Entry {
-    fn excludes(&self, span: Span, writes: bool) -> bool {
-        let shares = self.span.start < span.end && span.start < self.span.end;
-        shares && (writes || self.kind == JobKind::Write)
-    }
-}
+const SYNC: JobId = JobId(u64::MAX);
+const SAVE: JobId = JobId(u64::MAX - 1);
+const DISCARD: JobId = JobId(u64::MAX - 2);
 
 /// See the head of this file.
 pub struct Volume {
     disk: Box<dyn Disk>,
+    cache: Cache,
     bounds: Bounds,
-    align: usize,
+    options: VolumeOptions,
     bufs: Bufs,
-    entries: Vec<Option<Entry>>,
+    big_bufs: Bufs,
+    under: Vec<Option<Under>>,
     free: Vec<u32>,
-    active: Vec<u32>,
-    waiting: VecDeque<u32>,
-    /// Writes among those two.
-    writes: usize,
-    parked: usize,
-    parked_max: usize,
-    /// Who is served by the sync under way, if one is.
-    syncing: Option<Vec<Token>>,
-    sync_next: Vec<Token>,
+    /// Of `under`: the fills, and how many writes.
+    fills: Vec<u32>,
+    writing: usize,
+    verifying: usize,
+    streams: [Stream; STREAMS],
+    stream_next: usize,
+    /// What waits for a slot or behind a discard, in order.
+    parked: VecDeque<ParkedWrite>,
+    parked_bytes: usize,
+    discarding: Discarding,
+    held_reads: VecDeque<(Token, Extent)>,
+    until_written: VecDeque<Waiter>,
+    until_synced: VecDeque<Waiter>,
+    /// The epoch that is flushed for age, idleness or the end.
+    flushing: Option<Epoch>,
+    draining: bool,
+    syncing: Option<Vec<super::cache::Record>>,
+    sync_began: Instant,
+    /// The epoch that the next sync is for.
+    round: Option<Epoch>,
+    gather: Option<Gather>,
     save: Option<Token>,
     completed: VecDeque<Completed>,
+    last_request: Instant,
+    trouble: Trouble,
     failures: Failures,
     last_error: Option<DiskError>,
 }
 
 impl Volume {
-    /// A volume on `disk`, whose backing wants whole blocks of `align` bytes.
-    /// Requests carry up to `request_max` bytes; those under way hold at most
-    /// `parked_max`.
+    /// A volume on `disk` with `cache` before it.
     pub fn new(
+        now: Instant,
         disk: Box<dyn Disk>,
+        mut cache: Cache,
         bounds: Bounds,
-        align: usize,
-        request_max: usize,
-        parked_max: usize,
+        options: VolumeOptions,
     ) -> Volume {
+        // What a process before us wrote may not be synced: the first flush
+        // syncs in any case.
+        cache.record_outside(now);
         Volume {
             disk,
             bounds,
-            align,
             bufs: Bufs {
-                len: request_max + 2 * align,
+                len: 0,
                 free: Vec::new(),
+                max: PARKED_MAX,
             },
-            entries: std::iter::repeat_with(|| None).take(JOBS_MAX).collect(),
-            free: (0..JOBS_MAX as u32).rev().collect(),
-            active: Vec::with_capacity(JOBS_MAX),
-            waiting: VecDeque::with_capacity(JOBS_MAX),
-            writes: 0,
-            parked: 0,
-            parked_max,
+            big_bufs: Bufs {
+                len: reads::AHEAD_STEP,
+                free: Vec::new(),
+                max: 8,
+            },
+            under: std::iter::repeat_with(|| None).take(PARKED_MAX).collect(),
+            free: (0..PARKED_MAX as u32).rev().collect(),
+            fills: Vec::with_capacity(PARKED_MAX),
+            writing: 0,
+            verifying: 0,
+            streams: [Stream::default(); STREAMS],
+            stream_next: 0,
+            parked: VecDeque::new(),
+            parked_bytes: 0,
+            discarding: Discarding::default(),
+            held_reads: VecDeque::new(),
+            until_written: VecDeque::new(),
+            until_synced: VecDeque::new(),
+            flushing: None,
+            draining: false,
             syncing: None,
-            sync_next: Vec::new(),
+            sync_began: now,
+            round: None,
+            gather: None,
             save: None,
             completed: VecDeque::new(),
+            last_request: now,
+            trouble: Trouble::default(),
             failures: Failures::default(),
             last_error: None,
+            cache,
+            options,
         }
+        .with_request_max(options.request_max)
+    }
+
+    fn with_request_max(mut self, bytes: usize) -> Volume {
+        self.set_request_max(bytes);
+        self
     }
 
     /// How many sectors there are.
@@ -171,12 +253,18 @@ impl Volume {
 
     /// Requests may carry so many bytes from now on.
     pub fn set_request_max(&mut self, bytes: usize) {
-        self.bufs.resize(bytes + 2 * self.align);
+        let block = self.cache.arena().block().max(self.options.align);
+        self.bufs.resize(bytes + 2 * block);
     }
 
     /// What the disk below failed to do.
     pub fn failures(&self) -> Failures {
         self.failures
+    }
+
+    /// Whether writes are refused since the disk does not take them.
+    pub fn is_degraded(&self) -> bool {
+        self.trouble.is_degraded()
     }
 
     /// The last failure that was not asked for yet.
@@ -194,87 +282,6 @@ impl Volume {
         self.bufs.put(buf);
     }
 
-    /// Reads sectors, at once if they are in memory. `extent` is within the
-    /// bounds and not empty.
-    pub fn read(&mut self, token: Token, extent: Extent) -> Result<Read, NoRoom> {
-        let at = self.bounds.start + extent.byte_start();
-        let len = extent.byte_len() as usize;
-        let span = self.span(at, len as u64);
-        let mut buf = self.bufs.take().ok_or(NoRoom)?;
-        if !self.is_excluded(span, false) && self.disk.try_now(&mut buf[..len], at) {
-            return Ok(Read::Ready(BufSlice { buf, range: 0..len }));
-        }
-        let job = Job::Read { at, len, buf };
-        self.begin(token, JobKind::Read, span, len, false, job)?;
-        Ok(Read::Parked)
-    }
-
-    /// Reads sectors and forgets them.
-    pub fn verify(&mut self, token: Token, extent: Extent) -> Result<(), NoRoom> {
-        let at = self.bounds.start + extent.byte_start();
-        let len = extent.byte_len() as usize;
-        let span = self.span(at, len as u64);
-        self.begin(
-            token,
-            JobKind::Read,
-            span,
-            len,
-            false,
-            Job::Verify { at, len },
-        )
-    }
-
-    /// Writes sectors; `durable` ones end only after a sync. `extent` is within
-    /// the bounds, not empty, and as long as `data`.
-    pub fn write(
-        &mut self,
-        token: Token,
-        extent: Extent,
-        data: &[u8],
-        durable: bool,
-    ) -> Result<(), NoRoom> {
-        let at = self.bounds.start + extent.byte_start();
-        let span = self.span(at, data.len() as u64);
-        if !self.has_room(data.len()) {
-            return Err(NoRoom);
-        }
-        let mut buf = self.bufs.take().ok_or(NoRoom)?;
-        let start = (at % self.align as u64) as usize;
-        let range = start..start + data.len();
-        buf[range.clone()].copy_from_slice(data);
-        let job = Job::Write {
-            at,
-            data: BufSlice { buf, range },
-        };
-        self.begin(token, JobKind::Write, span, data.len(), durable, job)
-    }
-
-    /// Discards sectors, which are zeros afterwards; like a write in every other
-    /// respect.
-    pub fn discard(
-        &mut self,
-        token: Token,
-        extents: &[Extent],
-        durable: bool,
-    ) -> Result<(), NoRoom> {
-        let Some(hull) = extents.iter().copied().reduce(Extent::hull) else {
-            self.complete(token, None, true);
-            return Ok(());
-        };
-        let span = self.span(self.bounds.start + hull.byte_start(), hull.byte_len());
-        let ranges = extents
-            .iter()
-            .map(|e| (self.bounds.start + e.byte_start(), e.byte_len()));
-        let job = Job::Discard(ranges.collect());
-        self.begin(token, JobKind::Write, span, 0, durable, job)
-    }
-
-    /// Ends once all that ended before is on stable storage.
-    pub fn flush(&mut self, token: Token) {
-        self.sync_next.push(token);
-        self.start_sync();
-    }
-
     /// Saves the wire's state; one at a time.
     pub fn save(&mut self, token: Token, file: Arc<StateFile>, text: String) {
         debug_assert!(self.save.is_none());
@@ -282,13 +289,44 @@ impl Volume {
         self.disk.submit(SAVE, Job::Save { file, text });
     }
 
-    /// Whether nothing is under way.
+    /// From now on all that is dirty goes to stable storage at once, as before
+    /// an orderly end.
+    pub fn drain(&mut self) {
+        self.draining = true;
+    }
+
+    /// Whether nothing is under way, and, while draining, nothing is left that
+    /// is not on stable storage.
     pub fn is_idle(&self) -> bool {
-        self.active.is_empty()
-            && self.waiting.is_empty()
+        let dirty = self.draining && self.cache.has_unsynced();
+        self.free.len() == PARKED_MAX
+            && self.parked.is_empty()
+            && self.held_reads.is_empty()
+            && self.until_written.is_empty()
+            && self.until_synced.is_empty()
             && self.syncing.is_none()
             && self.save.is_none()
             && self.completed.is_empty()
+            && !dirty
+    }
+
+    /// The file that holds what is not on the image, if it has a name.
+    pub fn arena_path(&mut self) -> Option<std::path::PathBuf> {
+        self.cache.arena().path().map(std::path::Path::to_owned)
+    }
+
+    /// Takes that file away, when nothing in it is needed any more.
+    pub fn remove_arena(&mut self) -> std::io::Result<()> {
+        if self.cache.has_unsynced() {
+            Ok(())
+        } else {
+            self.cache.arena().remove()
+        }
+    }
+
+    /// Notes in the arena that we live, at this real time in nanoseconds.
+    pub fn set_alive(&mut self, nanoseconds: u64) {
+        self.cache.arena().set_alive(nanoseconds);
     }
 
     /// What to poll for results; `None` if they are there at once.
@@ -296,96 +334,75 @@ impl Volume {
         self.disk.wake_fd()
     }
 
-    /// Whether [`next_completed`](Volume::next_completed) is worth a call.
-    pub fn has_completed(&self) -> bool {
-        !self.completed.is_empty() || self.disk.has_done()
+    /// Whether the disk has something to take in.
+    pub fn has_done(&mut self) -> bool {
+        self.disk.has_done()
+    }
+
+    /// Takes in what the disk has done, and starts what has to be done now. To
+    /// be called after requests, when the disk wakes us, and at
+    /// [`deadline`](Volume::deadline).
+    pub fn advance(&mut self, now: Instant) {
+        for _ in 0..REAP_MAX {
+            let Some(done) = self.disk.reap() else { break };
+            self.finish(done, now);
+        }
+        self.start_parked(now);
+        self.start_writing(now);
+        // First those whose sync has ended: the next one is for whom it came
+        // too early.
+        self.end_waiting(now);
+        self.start_sync(now);
+        self.disk.kick();
+    }
+
+    /// Whether reads wait for the disk.
+    pub fn is_reading(&self) -> bool {
+        !self.fills.is_empty()
+    }
+
+    /// When [`advance`](Volume::advance) is to be called even if nothing
+    /// happens.
+    pub fn deadline(&self) -> Option<Instant> {
+        let mut deadline = self.trouble.retry_at();
+        let mut by = |time: Instant| {
+            deadline = Some(deadline.map_or(time, |other| other.min(time)));
+        };
+        if self.trouble.is_failing() {
+            for waiter in self
+                .until_synced
+                .front()
+                .iter()
+                .chain(&self.until_written.front())
+            {
+                by(waiter.since + self.options.io_patience);
+            }
+            if let Some(parked) = self
+                .parked
+                .front()
+                .filter(|_| !self.discarding.is_submitted())
+            {
+                by(parked.since() + self.options.io_patience);
+            }
+        } else if let Some(oldest) = self.cache.oldest().filter(|_| self.flushing.is_none()) {
+            by(oldest + self.options.max_dirty_age / 2);
+            by(self.last_request + self.options.idle_flush);
+        }
+        // Only where a sync could begin and waits for company.
+        let could = self.syncing.is_none() && self.cache.awaiting_sync() > 0;
+        let waits = could && !self.trouble.is_failing() && !self.until_synced.is_empty();
+        if let Some(gather) = self.gather.filter(|_| waits) {
+            by(gather.until);
+        }
+        deadline
     }
 
     /// A request that ended, if one has.
     pub fn next_completed(&mut self) -> Option<Completed> {
-        while self.completed.is_empty() {
-            let done = self.disk.reap()?;
-            self.finish(done);
-        }
         self.completed.pop_front()
     }
 
-    fn span(&self, at: u64, len: u64) -> Span {
-        let align = self.align as u64;
-        Span {
-            start: at - at % align,
-            end: (at + len).next_multiple_of(align),
-        }
-    }
-
-    fn has_room(&self, bytes: usize) -> bool {
-        !self.free.is_empty() && (self.parked == 0 || self.parked + bytes <= self.parked_max)
-    }
-
-    /// Whether a job under way or waiting must end first.
-    fn is_excluded(&self, span: Span, writes: bool) -> bool {
-        if self.writes == 0 && !writes {
-            return false;
-        }
-        let mut ids = self.active.iter().chain(&self.waiting);
-        ids.any(|id| self.excludes(*id, span, writes))
-    }
-
-    fn excludes(&self, id: u32, span: Span, writes: bool) -> bool {
-        self.entries[id as usize]
-            .as_ref()
-            .is_some_and(|entry| entry.excludes(span, writes))
-    }
-
-    fn begin(
-        &mut self,
-        token: Token,
-        kind: JobKind,
-        span: Span,
-        bytes: usize,
-        durable: bool,
-        job: Job,
-    ) -> Result<(), NoRoom> {
-        let id = if self.has_room(bytes) {
-            self.free.pop()
-        } else {
-            None
-        };
-        let Some(id) = id else {
-            self.reclaim(job);
-            return Err(NoRoom);
-        };
-        let writes = kind == JobKind::Write;
-        let mut entry = Entry {
-            token,
-            kind,
-            span,
-            bytes,
-            durable,
-            waiting: None,
-        };
-        self.parked += bytes;
-        if self.is_excluded(span, writes) {
-            entry.waiting = Some(job);
-            self.waiting.push_back(id);
-        } else {
-            self.active.push(id);
-            self.disk.submit(JobId(id), job);
-        }
-        self.writes += usize::from(writes);
-        self.entries[id as usize] = Some(entry);
-        Ok(())
-    }
-
-    fn reclaim(&mut self, job: Job) {
-        match job {
-            Job::Read { buf, .. } => self.bufs.put(buf),
-            Job::Write { data, .. } => self.bufs.put(data.buf),
-            _ => {}
-        }
-    }
-
-    fn finish(&mut self, done: Done) {
+    fn finish(&mut self, done: Done, now: Instant) {
         let ok = done.result.is_ok();
         if let Err(error) = done.result {
             match error.kind {
@@ -397,79 +414,73 @@ impl Volume {
             self.last_error = Some(error);
         }
         match done.id {
-            SYNC => {
-                for token in self.syncing.take().unwrap_or_default() {
-                    self.complete(token, None, ok);
-                }
-                self.start_sync();
-            }
+            SYNC => self.sync_ended(ok, now),
+            DISCARD => self.discard_ended(ok, now),
             SAVE => {
                 if let Some(token) = self.save.take() {
                     self.complete(token, None, ok);
                 }
             }
-            JobId(id) => self.finish_entry(id, done.data, ok),
+            JobId(id) => self.finish_job(id as u32, done.data, ok, now),
         }
     }
 
-    fn finish_entry(&mut self, id: u32, data: Option<BufSlice>, ok: bool) {
-        let Some(entry) = self.entries.get_mut(id as usize).and_then(Option::take) else {
+    fn finish_job(&mut self, id: u32, data: Option<BufSlice>, ok: bool, now: Instant) {
+        let Some(under) = self.under.get_mut(id as usize).and_then(Option::take) else {
             debug_assert!(false, "a job ended twice");
             return;
         };
         self.free.push(id);
-        self.active.retain(|other| *other != id);
-        self.parked -= entry.bytes;
-        self.writes -= usize::from(entry.kind == JobKind::Write);
-        let data = match data {
-            Some(data) if entry.kind == JobKind::Read && ok => Some(data),
-            Some(data) => {
-                self.bufs.put(data.buf);
-                None
+        match under {
+            Under::Fill(fill) => {
+                self.fills.retain(|other| *other != id);
+                self.fill_ended(fill, data.filter(|_| ok), now);
             }
-            None => None,
+            Under::Write(slots) => {
+                self.writing -= 1;
+                for slot in slots {
+                    self.cache.write_ended(slot, ok, now);
+                }
+                if !ok {
+                    self.failed(now);
+                }
+            }
+            Under::Verify(token) => {
+                self.verifying -= 1;
+                self.complete(token, None, ok);
+            }
+            Under::Prefetch => {}
+        }
+    }
+
+    /// Hands a job to the disk, under a number by which it is found again.
+    fn submit(&mut self, under: Under, job: Job) -> Result<u32, Refused> {
+        let Some(id) = self.free.pop() else {
+            if let Job::Read { buf, .. } = job {
+                self.give_back(buf);
+            }
+            return Err(Refused::NoRoom);
         };
-        if entry.durable && ok {
-            self.sync_next.push(entry.token);
-            self.start_sync();
+        self.under[id as usize] = Some(under);
+        self.disk.submit(JobId(u64::from(id)), job);
+        Ok(id)
+    }
+
+    fn give_back(&mut self, buf: Buf) {
+        if buf.len() >= reads::AHEAD_STEP {
+            self.big_bufs.put(buf);
         } else {
-            self.complete(entry.token, data, ok);
-        }
-        self.start_waiting();
-    }
-
-    /// Starts each waiting job that none before it excludes any more.
-    fn start_waiting(&mut self) {
-        let mut index = 0;
-        while let Some(&id) = self.waiting.get(index) {
-            let Some(entry) = &self.entries[id as usize] else {
-                break;
-            };
-            let (span, writes) = (entry.span, entry.kind == JobKind::Write);
-            let mut before = self.active.iter().chain(self.waiting.iter().take(index));
-            if before.any(|other| self.excludes(*other, span, writes)) {
-                index += 1;
-                continue;
-            }
-            self.waiting.remove(index);
-            if let Some(job) = self.entries[id as usize]
-                .as_mut()
-                .and_then(|e| e.waiting.take())
-            {
-                self.active.push(id);
-                self.disk.submit(JobId(id), job);
-            }
+            self.bufs.put(buf);
         }
     }
 
-    fn start_sync(&mut self) {
-        if self.syncing.is_none() && !self.sync_next.is_empty() {
-            self.syncing = Some(std::mem::take(&mut self.sync_next));
-            self.disk.submit(SYNC, Job::Sync);
-        }
+    /// An extent of the export as one of the backing.
+    fn absolute(&self, extent: Extent) -> Extent {
+        let start = Lba(self.bounds.start / SECTOR + extent.start().0);
+        Extent::new(start, extent.count()).unwrap_or(extent)
     }
 
-    fn complete(&mut self, token: Token, data: Option<BufSlice>, ok: bool) {
+    fn complete(&mut self, token: Token, data: Option<Body>, ok: bool) {
         self.completed.push_back(Completed { token, data, ok });
     }
 }
@@ -478,6 +489,7 @@ impl Volume {
 struct Bufs {
     len: usize,
     free: Vec<Buf>,
+    max: usize,
 }
 
 impl Bufs {
@@ -489,7 +501,7 @@ impl Bufs {
     }
 
     fn put(&mut self, buf: Buf) {
-        if buf.len() >= self.len && self.free.len() < JOBS_MAX {
+        if buf.len() >= self.len && self.free.len() < self.max {
             self.free.push(buf);
         }
     }

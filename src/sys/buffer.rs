@@ -5,6 +5,8 @@ use std::ops::{Deref, DerefMut, Range};
 
 use memmap2::MmapMut;
 
+use super::slots::Loan;
+
 /// Bytes aligned to a page, owned, handed from thread to thread without a copy.
 #[derive(Debug)]
 pub struct Buf(MmapMut);
@@ -50,5 +52,35 @@ impl Deref for BufSlice {
 impl DerefMut for BufSlice {
     fn deref_mut(&mut self) -> &mut [u8] {
         &mut self.buf[self.range.clone()]
+    }
+}
+
+/// Data that a reply carries, sent from where it lies.
+#[derive(Debug)]
+pub enum Body {
+    /// A buffer of its own.
+    Buf(BufSlice),
+    /// A part of a slot that is lent as long as this lives.
+    Slot(Loan),
+}
+
+impl Deref for Body {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        match self {
+            Body::Buf(slice) => slice,
+            Body::Slot(loan) => loan,
+        }
+    }
+}
+
+impl Body {
+    /// The buffer to be used again, if it was one.
+    pub fn into_buf(self) -> Option<Buf> {
+        match self {
+            Body::Buf(slice) => Some(slice.buf),
+            Body::Slot(_) => None,
+        }
     }
 }

@@ -12,6 +12,8 @@ pub mod packet;
 pub mod process;
 pub mod ring;
 pub mod signals;
+pub mod slots;
+pub mod uring;
 
 /// A frame as a receiver hands it out, valid until it is released.
 #[derive(Clone, Copy, Debug)]

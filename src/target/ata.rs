@@ -6,8 +6,8 @@ use super::admin::{Held, Switch};
 use super::{Action, Dropped, NicId, NicInfo, Ready, Target, What};
 use crate::access;
 use crate::drive::{self, Health, Limits, Order, Page, Refusal, Smart};
-use crate::store::{Read, Token};
-use crate::sys::buffer::BufSlice;
+use crate::store::{Read, Refused, Token, Volume, Write};
+use crate::sys::buffer::Body;
 use crate::wire::ata::{DATA, Outcome, Payload, Taskfile};
 use crate::wire::{ErrorCode, Origin, Request, pad_to};
 
@@ -34,13 +34,27 @@ enum Pending {
     CacheOff,
 }
 
+/// How disk work began.
+enum Begun {
+    /// It is done, and with what data.
+    Done(Option<Body>),
+    /// It ends later.
+    Under,
+}
+
+/// One reader, told from another: an initiator on a NIC.
+fn reader(nic: NicId, origin: &Origin) -> u64 {
+    let [a, b, c, d, e, f] = origin.source.0;
+    u64::from_be_bytes([(nic.0 >> 8) as u8, nic.0 as u8, a, b, c, d, e, f])
+}
+
 /// A reply to an ATA request.
 #[derive(Debug)]
 pub(super) struct Answer {
     pub origin: Origin,
     pub taskfile: Taskfile,
     pub outcome: Outcome,
-    pub body: Option<BufSlice>,
+    pub body: Option<Body>,
 }
 
 /// Pads an answer of registers alone; returns its length.
@@ -83,114 +97,113 @@ impl Target {
             }
             Err(Refusal::Aoe(code)) => return self.refuse(head, info, &origin, &taskfile, code),
         };
-        let done = |target: &Target, head: &mut [u8]| {
-            target.reply(head, info, &origin, &taskfile, drive::SUCCESS)
-        };
         let parked = |what| Parked {
             nic,
             origin,
             taskfile,
             what,
         };
-        match order {
-            Order::Read(extent) | Order::Verify(extent) if extent.is_empty() => done(self, head),
-            Order::Write(extent, _) if extent.is_empty() => done(self, head),
+        let durable = self.is_durable();
+        let begun = match order {
+            Order::Read(extent) | Order::Verify(extent) if extent.is_empty() => {
+                Ok(Begun::Done(None))
+            }
+            Order::Write(extent, _) if extent.is_empty() => Ok(Begun::Done(None)),
             Order::Read(extent) => {
-                let mut ready = None;
-                let action = self.park(parked(Pending::Read), |target, token| {
-                    if let Read::Ready(data) = target.volume.read(token, extent)? {
-                        ready = Some(data);
-                    }
-                    Ok(ready.is_none())
+                let who = reader(nic, &origin);
+                let begun = self.park(parked(Pending::Read), |volume, token| {
+                    Ok(match volume.read(now, token, who, extent)? {
+                        Read::Ready(body) => Begun::Done(Some(body)),
+                        Read::Parked => Begun::Under,
+                    })
                 });
-                if !matches!(action, Action::Drop(_)) {
+                if begun.is_ok() {
                     self.counters.sectors_read += extent.count();
                 }
-                match ready {
-                    Some(data) => {
-                        let body = Some(data);
-                        let outcome = drive::SUCCESS;
-                        self.answer(
-                            head,
-                            info,
-                            Answer {
-                                origin,
-                                taskfile,
-                                outcome,
-                                body,
-                            },
-                        )
-                    }
-                    None => action,
-                }
+                begun
             }
-            Order::Verify(extent) => self.park(parked(Pending::Verify), |target, token| {
-                target.volume.verify(token, extent).map(|()| true)
+            Order::Verify(extent) => self.park(parked(Pending::Verify), |volume, token| {
+                volume.verify(now, token, extent).map(|()| Begun::Under)
             }),
             Order::Write(extent, data) => {
-                let durable = self.is_durable();
-                let action = self.park(parked(Pending::Write { durable }), |target, token| {
-                    target
-                        .volume
-                        .write(token, extent, data, durable)
-                        .map(|()| true)
+                let begun = self.park(parked(Pending::Write { durable }), |volume, token| {
+                    Ok(match volume.write(now, token, extent, data, durable)? {
+                        Write::Done => Begun::Done(None),
+                        Write::Parked => Begun::Under,
+                    })
                 });
-                if matches!(action, Action::Parked) {
+                if begun.is_ok() {
                     self.counters.sectors_written += extent.count();
                 }
-                action
+                begun
             }
             Order::Trim(extents) => {
-                let durable = self.is_durable();
-                self.park(parked(Pending::Write { durable }), |target, token| {
-                    target
-                        .volume
-                        .discard(token, &extents, durable)
-                        .map(|()| true)
+                self.park(parked(Pending::Write { durable }), |volume, token| {
+                    volume
+                        .discard(now, token, &extents, durable)
+                        .map(|()| Begun::Under)
                 })
             }
-            Order::Flush => self.park(parked(Pending::Flush), |target, token| {
-                target.volume.flush(token);
-                Ok(true)
+            Order::Flush => self.park(parked(Pending::Flush), |volume, token| {
+                volume.flush(now, token).map(|()| Begun::Under)
             }),
             Order::WriteCache(false) => {
-                let action = self.park(parked(Pending::CacheOff), |target, token| {
-                    target.volume.flush(token);
-                    Ok(true)
+                let begun = self.park(parked(Pending::CacheOff), |volume, token| {
+                    volume.flush(now, token).map(|()| Begun::Under)
                 });
-                if matches!(action, Action::Parked) {
-                    // From now on, so that nothing acknowledged meanwhile is
-                    // left out of what was promised.
-                    self.closing += 1;
-                }
-                action
+                // From now on, so that nothing acknowledged meanwhile is left
+                // out of what was promised.
+                self.closing += u32::from(begun.is_ok());
+                begun
             }
-            Order::WriteCache(true) => self.change(
-                Held::switch(nic, origin, taskfile, Switch::WriteCache(true)),
-                head,
-            ),
+            Order::WriteCache(true) => {
+                let held = Held::switch(nic, origin, taskfile, Switch::WriteCache(true));
+                return self.change(held, head);
+            }
             Order::Smart(Smart::Enable(on)) => {
-                self.change(Held::switch(nic, origin, taskfile, Switch::Smart(on)), head)
+                return self.change(Held::switch(nic, origin, taskfile, Switch::Smart(on)), head);
             }
-            Order::CheckPower => self.reply(head, info, &origin, &taskfile, drive::ACTIVE),
+            Order::CheckPower => {
+                return self.reply(head, info, &origin, &taskfile, drive::ACTIVE);
+            }
             Order::Smart(Smart::ReturnStatus) => {
                 let mut taskfile = taskfile;
                 let good = self.health(now).is_good();
                 let word = if good { drive::GOOD } else { drive::FAILING };
                 taskfile.lba[1..3].copy_from_slice(&word);
-                self.reply(head, info, &origin, &taskfile, drive::SUCCESS)
+                return self.reply(head, info, &origin, &taskfile, drive::SUCCESS);
             }
             Order::Smart(Smart::ReadData) => {
                 let page = self.health(now).page();
-                self.page(head, info, &origin, &taskfile, &page)
+                return self.page(head, info, &origin, &taskfile, &page);
             }
             Order::Identify => {
-                let (cache, smart) = (!self.is_durable(), self.state.smart);
+                let smart = self.state.smart;
                 let page = self
                     .settings
                     .identity
-                    .page(self.volume.sectors(), cache, smart);
-                self.page(head, info, &origin, &taskfile, &page)
+                    .page(self.volume.sectors(), !durable, smart);
+                return self.page(head, info, &origin, &taskfile, &page);
+            }
+        };
+        match begun {
+            Ok(Begun::Done(body)) => {
+                let outcome = drive::SUCCESS;
+                self.answer(
+                    head,
+                    info,
+                    Answer {
+                        origin,
+                        taskfile,
+                        outcome,
+                        body,
+                    },
+                )
+            }
+            Ok(Begun::Under) => Action::Parked,
+            Err(Refused::NoRoom) => Action::Drop(Dropped::NoRoom),
+            Err(Refused::Degraded) => {
+                self.reply(head, info, &origin, &taskfile, drive::fault(&taskfile))
             }
         }
     }
@@ -210,30 +223,28 @@ impl Target {
         }
     }
 
-    /// Remembers a request and begins its disk work, which says whether it is
-    /// under way (and not done already).
+    /// Begins a request's disk work, which remembers the request if it does not
+    /// end at once.
     fn park(
         &mut self,
         parked: Parked,
-        begin: impl FnOnce(&mut Target, Token) -> Result<bool, crate::store::NoRoom>,
-    ) -> Action {
-        let Some(id) = self.parked.insert(parked) else {
-            return Action::Drop(Dropped::NoRoom);
-        };
-        match begin(self, Token(id)) {
-            Ok(true) => return Action::Parked,
-            Ok(false) => {}
-            Err(crate::store::NoRoom) => {
-                self.parked.remove(id);
-                return Action::Drop(Dropped::NoRoom);
-            }
+        begin: impl FnOnce(&mut Volume, &mut dyn FnMut() -> Option<Token>) -> Result<Begun, Refused>,
+    ) -> Result<Begun, Refused> {
+        let mut id = None;
+        let slab = &mut self.parked;
+        let begun = begin(&mut self.volume, &mut || {
+            id = slab.insert(parked);
+            id.map(Token)
+        });
+        match (&begun, id) {
+            (Ok(Begun::Under), _) | (_, None) => {}
+            (_, Some(id)) => drop(self.parked.remove(id)),
         }
-        self.parked.remove(id);
-        Action::Parked
+        begun
     }
 
     /// A request's disk work has ended.
-    pub(super) fn completed(&mut self, parked: Parked, data: Option<BufSlice>, ok: bool) {
+    pub(super) fn completed(&mut self, now: Instant, parked: Parked, data: Option<Body>, ok: bool) {
         let Parked {
             nic,
             origin,
@@ -253,8 +264,10 @@ impl Target {
         // acknowledged any more that is not on stable storage.
         if ok && what == (Pending::Write { durable: false }) && self.is_durable() {
             let what = Pending::Write { durable: true };
-            if let Some(id) = self.parked.insert(Parked { what, ..parked }) {
-                self.volume.flush(Token(id));
+            let begun = self.park(Parked { what, ..parked }, |volume, token| {
+                volume.flush(now, token).map(|()| Begun::Under)
+            });
+            if begun.is_ok() {
                 return;
             }
         }

@@ -24,8 +24,8 @@ use std::time::{Duration, Instant};
 use crate::access::{self, Policy, WireState};
 use crate::drive::Identity;
 use crate::net::{Frame, NicId, NicInfo};
-use crate::store::{Bounds, Completed, Failures, JOBS_MAX, StateFile, Token, Volume};
-use crate::sys::buffer::{Buf, BufSlice};
+use crate::store::{Bounds, Completed, Failures, PARKED_MAX, StateFile, Token, Volume};
+use crate::sys::buffer::{Body, BufSlice};
 use crate::wire::ata::DATA;
 use crate::wire::{
     Address, Command, ErrorCode, HEADER, MacAddr, Malformed, Origin, Request, config, frame_max,
@@ -69,7 +69,7 @@ pub enum Action {
         /// Bytes of the head, 60 at least if there is no body.
         len: usize,
         /// Data that is sent from where it lies.
-        body: Option<BufSlice>,
+        body: Option<Body>,
     },
     /// Nothing now; the reply comes when the disk is done.
     Parked,
@@ -137,7 +137,7 @@ impl Target {
             held: VecDeque::new(),
             closing: 0,
             volume,
-            parked: Slab::new(JOBS_MAX),
+            parked: Slab::new(PARKED_MAX),
             ready: VecDeque::new(),
             counters: Counters::default(),
             started: now,
@@ -295,10 +295,10 @@ impl Target {
         match self.volume.buffer() {
             Some(mut buf) if buf.len() >= rest.len() => {
                 buf[..rest.len()].copy_from_slice(rest);
-                let body = Some(BufSlice {
+                let body = Some(Body::Buf(BufSlice {
                     buf,
                     range: 0..rest.len(),
-                });
+                }));
                 Action::Reply { len: HEADER, body }
             }
             _ => Action::Drop(Dropped::NoRoom),
@@ -312,11 +312,12 @@ impl Target {
 
     /// Takes in what the disk has done since the last time.
     pub fn advance(&mut self, now: Instant) {
+        self.volume.advance(now);
         while let Some(Completed { token, data, ok }) = self.volume.next_completed() {
             if token == SAVE {
                 self.saved(ok);
             } else if let Some(parked) = self.parked.remove(token.0) {
-                self.completed(parked, data, ok);
+                self.completed(now, parked, data, ok);
             }
         }
         if let Some(error) = self.volume.take_error() {
@@ -330,9 +331,20 @@ impl Target {
         }
     }
 
-    /// Whether [`advance`](Target::advance) has something to take in.
-    pub fn has_work(&self) -> bool {
-        self.volume.has_completed()
+    /// Whether the disk has something for [`advance`](Target::advance).
+    pub fn has_work(&mut self) -> bool {
+        self.volume.has_done()
+    }
+
+    /// Whether reads wait for the disk.
+    pub fn is_reading(&self) -> bool {
+        self.volume.is_reading()
+    }
+
+    /// When [`advance`](Target::advance) is to be called even if nothing
+    /// happens.
+    pub fn deadline(&self) -> Option<Instant> {
+        self.volume.deadline()
     }
 
     /// Whether nothing is under way, so that one may stop.
@@ -340,10 +352,15 @@ impl Target {
         self.volume.is_idle() && self.ready.is_empty()
     }
 
-    /// Syncs the image, as before an orderly end; under way until
-    /// [`is_idle`](Target::is_idle) says it is not.
-    pub fn flush(&mut self) {
-        self.volume.flush(NOBODY);
+    /// Brings all that was acknowledged to stable storage, as before an orderly
+    /// end; under way until [`is_idle`](Target::is_idle) says it is not.
+    pub fn drain(&mut self) {
+        self.volume.drain();
+    }
+
+    /// The disk below.
+    pub fn volume(&mut self) -> &mut Volume {
+        &mut self.volume
     }
 
     /// What to poll for finished disk work; `None` if it is done at once.
@@ -393,15 +410,15 @@ impl Target {
 
     fn give_up(&mut self, what: What) {
         if let What::Ata(answer) = what {
-            if let Some(body) = answer.body {
-                self.volume.recycle(body.buf);
-            }
+            self.recycle(answer.body);
         }
     }
 
-    /// Takes back a buffer that went out with a reply.
-    pub fn recycle(&mut self, buf: Buf) {
-        self.volume.recycle(buf);
+    /// Takes back what went out with a reply.
+    pub fn recycle(&mut self, body: Option<Body>) {
+        if let Some(buf) = body.and_then(Body::into_buf) {
+            self.volume.recycle(buf);
+        }
     }
 
     /// Whom an advertisement is for: everyone, or those on the masks.
@@ -430,9 +447,6 @@ impl Target {
         Some(pad(head, len))
     }
 }
-
-/// The token of a flush that nobody waits for.
-const NOBODY: Token = Token(u32::MAX - 1);
 
 /// A bounded set of things, each under a number that stays its own.
 struct Slab<T> {

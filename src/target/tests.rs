@@ -25,7 +25,7 @@ use shadow::{BlockFile, MemoryFile};
 use tempfile::TempDir;
 
 use super::*;
-use crate::store::{Backing, Disk, Done, Inline, Job, JobId};
+use crate::store::{Arena, Backing, Cache, Disk, Done, Inline, Job, JobId, VolumeOptions};
 use crate::wire::HEAD_MAX;
 
 const SHELF: u16 = 7;
@@ -40,6 +40,10 @@ const JUMBO: NicId = NicId(1);
 const ALICE: u8 = 0xA;
 const BOB: u8 = 0xB;
 const CAROL: u8 = 0xC;
+/// How long what is dirty, and who waits for stable storage, may wait.
+const MAX_DIRTY_AGE: Duration = Duration::from_secs(5);
+const IDLE_FLUSH: Duration = Duration::from_millis(500);
+const IO_PATIENCE: Duration = Duration::from_secs(10);
 
 /// The address of a host. Any type of address will do, since the initiator is
 /// linked with another build of this crate than the one under test.
@@ -153,7 +157,7 @@ impl Disk for Gate {
         None
     }
 
-    fn has_done(&self) -> bool {
+    fn has_done(&mut self) -> bool {
         !self.desk.borrow().passed.is_empty()
     }
 }
@@ -178,6 +182,29 @@ struct Bench {
     tag: u32,
     /// What was asked and not answered yet: replies are held against it.
     asked: Vec<(NicId, Vec<u8>)>,
+}
+
+/// How much fits into a bench.
+#[derive(Clone, Copy)]
+struct Room {
+    /// Blocks of the cache, and how many of them may be dirty.
+    slots: u32,
+    dirty_max: u32,
+    /// Bytes that may wait for a slot.
+    parked_max: usize,
+    /// Whether the memory does not survive us.
+    write_through: bool,
+}
+
+impl Default for Room {
+    fn default() -> Room {
+        Room {
+            slots: 24,
+            dirty_max: 18,
+            parked_max: 1 << 20,
+            write_through: false,
+        }
+    }
 }
 
 fn settings() -> Settings {
@@ -205,13 +232,21 @@ impl Bench {
     }
 
     fn with(settings: Settings) -> Bench {
-        Bench::with_room(settings, 1 << 20)
+        Bench::with_room(settings, Room::default())
     }
 
-    /// A bench on which requests under way may hold `parked_max` bytes.
-    fn with_room(settings: Settings, parked_max: usize) -> Bench {
+    /// A bench whose memory does not survive it: writes go through.
+    fn writing_through() -> Bench {
+        let room = Room {
+            write_through: true,
+            ..Room::default()
+        };
+        Bench::with_room(settings(), room)
+    }
+
+    fn with_room(settings: Settings, room: Room) -> Bench {
         let dir = tempfile::tempdir().unwrap();
-        Bench::saving_in(settings, parked_max, dir.path().join("state"), dir)
+        Bench::saving_in(settings, room, dir.path().join("state"), dir)
     }
 
     /// A bench whose state cannot be saved: where its directory should be there
@@ -220,10 +255,10 @@ impl Bench {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("state");
         std::fs::write(&path, "in the way").unwrap();
-        Bench::saving_in(settings, 1 << 20, path, dir)
+        Bench::saving_in(settings, Room::default(), path, dir)
     }
 
-    fn saving_in(settings: Settings, parked_max: usize, state: PathBuf, dir: TempDir) -> Bench {
+    fn saving_in(settings: Settings, room: Room, state: PathBuf, dir: TempDir) -> Bench {
         let mut bytes = vec![0x5A; START];
         bytes.resize(START + SECTORS as usize * 512, 0);
         let medium = Arc::new(Medium {
@@ -243,11 +278,25 @@ impl Bench {
             start: START as u64,
             sectors: SECTORS,
         };
-        let volume = Volume::new(Box::new(gate), bounds, 1, 9014, parked_max);
+        let arena = Arena::anonymous(4096, room.slots).unwrap();
+        let cache = Cache::new(arena, 1, room.dirty_max);
+        let options = VolumeOptions {
+            align: 1,
+            direct: false,
+            write_through: room.write_through,
+            request_max: 9014,
+            parked_max: room.parked_max,
+            max_dirty_age: MAX_DIRTY_AGE,
+            idle_flush: IDLE_FLUSH,
+            io_patience: IO_PATIENCE,
+            read_ahead: 0,
+            write_depth: 4,
+        };
+        let now = Instant::now();
+        let volume = Volume::new(now, Box::new(gate), cache, bounds, options);
         let address = settings.address.to_string();
         let state_file = StateFile::new(&state, &address, &dir.path().join("disk"));
         let state_file = Arc::new(state_file);
-        let now = Instant::now();
         let target = Target::new(
             now,
             settings,
@@ -311,12 +360,10 @@ impl Bench {
         got
     }
 
-    fn whole(&mut self, head: &[u8], body: Option<BufSlice>) -> Reply {
+    fn whole(&mut self, head: &[u8], body: Option<Body>) -> Reply {
         let mut bytes = head.to_vec();
-        if let Some(body) = body {
-            bytes.extend_from_slice(&body);
-            self.target.recycle(body.buf);
-        }
+        bytes.extend_from_slice(body.as_deref().unwrap_or_default());
+        self.target.recycle(body);
         Reply::parse(bytes).unwrap()
     }
 
@@ -324,6 +371,7 @@ impl Bench {
     /// it.
     fn pump(&mut self) -> Vec<(NicId, Reply)> {
         let mut replies = Vec::new();
+        self.target.advance(self.now);
         while self.target.has_work() {
             self.target.advance(self.now);
         }
@@ -371,6 +419,33 @@ impl Bench {
         self.ask_from(SMALL, ALICE, ask)
     }
 
+    /// Waits for the next replies, as long as it takes.
+    fn wait(&mut self) -> Vec<(NicId, Reply)> {
+        for _ in 0..100 {
+            let replies = self.pump();
+            if !replies.is_empty() {
+                return replies;
+            }
+            let deadline = self.target.deadline().expect("nothing would ever happen");
+            self.now = self.now.max(deadline);
+        }
+        panic!("no reply came");
+    }
+
+    /// Sends a request and waits for its reply, as long as it takes.
+    fn ask_patiently(&mut self, ask: &Ask) -> Reply {
+        match self.send(SMALL, ALICE, ask) {
+            Got::Reply(reply) => reply,
+            Got::Parked => {
+                let mut replies = self.wait();
+                let (_, reply) = replies.pop().unwrap();
+                assert!(replies.is_empty(), "more replies than one: {replies:?}");
+                reply
+            }
+            other => panic!("{other:?} instead of a reply"),
+        }
+    }
+
     fn dropped(&mut self, nic: NicId, from: u8, ask: &Ask) -> Dropped {
         match self.send(nic, from, ask) {
             Got::Dropped(why) => why,
@@ -383,8 +458,37 @@ impl Bench {
         assert_eq!(registers(&reply), (0x40, 0, 0));
     }
 
-    /// The export's bytes on the disk.
-    fn bytes(&self) -> Vec<u8> {
+    /// Lets time pass, and what is due be done; replies stay where they are.
+    fn pass_time(&mut self, time: Duration) {
+        self.now += time;
+        self.target.advance(self.now);
+        while self.target.has_work() {
+            self.target.advance(self.now);
+        }
+    }
+
+    /// Lets time pass until nothing is left to be done.
+    fn settle(&mut self) {
+        for _ in 0..1000 {
+            self.target.advance(self.now);
+            match self.target.deadline() {
+                Some(at) => self.now = self.now.max(at),
+                None if self.target.has_work() => {}
+                None => return,
+            }
+        }
+        panic!("the disk never has it all");
+    }
+
+    /// What the export is: its bytes on the disk when all that was acknowledged
+    /// is there.
+    fn bytes(&mut self) -> Vec<u8> {
+        self.settle();
+        self.on_disk()
+    }
+
+    /// The export's bytes on the disk now.
+    fn on_disk(&self) -> Vec<u8> {
         let bytes = self.medium.file.bytes();
         assert!(
             bytes[..START].iter().all(|b| *b == 0x5A),

@@ -7,7 +7,8 @@ use initiator::frame::{Ata, Directive, opcode};
 /// effect.
 #[track_caller]
 fn expect_drop(bench: &mut Bench, nic: NicId, frame: Frame, why: Dropped) {
-    let before = (bench.target.counters().drops(why), bench.bytes());
+    let bytes = bench.bytes();
+    let before = (bench.target.counters().drops(why), bytes);
     let requests = bench.target.counters().requests;
     match bench.hand_frame(nic, frame) {
         Got::Dropped(reason) => assert_eq!(reason, why),

@@ -1,10 +1,11 @@
 //! Frames without end, right and wrong, from several hosts on two NICs, with a
-//! disk that ends its jobs in any order: every read returns what the writes
-//! before it made of the disk, whatever is refused has no effect, and every
+//! disk that ends its jobs in any order: a read returns of each sector what was
+//! acknowledged last when it was asked, or something newer; whatever is refused
+//! has no effect; what is acknowledged is where the mode promises it; and every
 //! reply keeps the rules.
 //!
 //! What a frame must do is said here a second time, by a model that knows
-//! nothing but `Vec<u8>` and the table of opcodes.
+//! nothing but the history of each sector and the table of opcodes.
 
 use std::collections::HashMap;
 
@@ -19,8 +20,16 @@ const SEEDS: u64 = 60;
 /// What the model says of an ATA request that is heard.
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Must {
-    /// The reply carries this, or nothing.
-    Data(Vec<u8>),
+    /// The reply carries sectors from this one on, each as it was then or
+    /// later: for each the place in its history.
+    Read(usize, Vec<usize>),
+    /// It succeeds, and these places in the histories of sectors are
+    /// acknowledged.
+    Write(Vec<(usize, usize)>),
+    /// It succeeds, and what was acknowledged then is on stable storage.
+    Flush(Vec<usize>),
+    /// It succeeds and carries nothing.
+    Nothing,
     /// It succeeds; what it carries is not the disk's.
     Succeed,
     /// An ATA error.
@@ -32,7 +41,13 @@ enum Must {
 }
 
 struct Model {
-    disk: Vec<u8>,
+    /// What each sector was made, in order; shared by those made the same.
+    history: Vec<Vec<Vec<u8>>>,
+    /// How far each history is acknowledged.
+    acked: Vec<usize>,
+    /// Who acknowledges writes before they are on stable storage.
+    durable: bool,
+    write_through: bool,
     /// What those who asked must get, by NIC, host and tag.
     waiting: HashMap<(u16, Vec<u8>), Must>,
 }
@@ -61,26 +76,21 @@ impl Model {
             lba &= 0x0FFF_FFFF;
         }
         let most = if nic == SMALL { 2 } else { 17 };
-        let range = |count: u64| {
-            let at = lba as usize * 512;
-            at..at + count as usize * 512
-        };
         let fits = lba + u64::from(count) <= SECTORS;
+        let range = || lba as usize..lba as usize + usize::from(count);
         match op {
             0x20 | 0x24 | 0xC8 | 0x25 if count > most => Must::Refuse(2),
             0x20 | 0x24 | 0xC8 | 0x25 if fits => {
-                Must::Data(self.disk[range(count.into())].to_vec())
+                Must::Read(range().start, self.acked[range()].to_vec())
             }
             _ if writes && (count > most || frame.len() < 36 + 512 * usize::from(count)) => {
                 Must::Refuse(2)
             }
             _ if writes && fits => {
-                let range = range(count.into());
-                let len = range.len();
-                self.disk[range].copy_from_slice(&frame[36..36 + len]);
-                Must::Data(vec![])
+                let data = frame[36..].chunks(512);
+                Must::Write(self.write(range().zip(data)))
             }
-            0x40 | 0x42 if fits => Must::Data(vec![]),
+            0x40 | 0x42 if fits => Must::Nothing,
             0x20 | 0x24 | 0xC8 | 0x25 | 0x40 | 0x42 => Must::Fail(0x10),
             _ if writes => Must::Fail(0x10),
             0x06 if frame[25] & 1 == 0 || count != 1 => Must::Fail(4),
@@ -88,14 +98,14 @@ impl Model {
             0x06 => self.trim(&frame[36..36 + 512]),
             0xEC if count != 1 => Must::Refuse(2),
             0xEC => Must::Succeed,
-            0xE7 | 0xEA => Must::Data(vec![]),
+            0xE7 | 0xEA => Must::Flush(self.acked.clone()),
             0xE5 => Must::Succeed,
-            0xEF if frame[25] == 0x82 => Must::Data(vec![]),
-            0xEF if frame[25] == 0x02 && !bench.target.settings.durable => Must::Data(vec![]),
+            0xEF if frame[25] == 0x82 => Must::Flush(self.acked.clone()),
+            0xEF if frame[25] == 0x02 && !self.durable => Must::Nothing,
             0xB0 if frame[29..31] == [0x4F, 0xC2] => match frame[25] {
-                0xD8 => Must::Data(vec![]),
+                0xD8 => Must::Nothing,
                 0xD0 | 0xDA if state.smart => Must::Succeed,
-                0xD9 if state.smart => Must::Data(vec![]),
+                0xD9 if state.smart => Must::Nothing,
                 _ => Must::Fail(4),
             },
             _ => Must::Fail(4),
@@ -114,14 +124,56 @@ impl Model {
         if ranges.iter().any(|(lba, count)| lba + count > SECTORS) {
             return Must::Fail(0x10);
         }
-        for (lba, count) in ranges {
-            self.disk[lba as usize * 512..(lba + count) as usize * 512].fill(0);
-        }
-        Must::Data(vec![])
+        let zeros = vec![0; 512];
+        let sectors = ranges
+            .into_iter()
+            .flat_map(|(lba, count)| lba as usize..(lba + count) as usize);
+        Must::Write(self.write(sectors.map(|lba| (lba, &zeros[..]))))
     }
 
-    /// Holds a reply against what it must be.
-    fn hold(&mut self, nic: NicId, reply: &Reply) {
+    fn write<'a>(
+        &mut self,
+        sectors: impl Iterator<Item = (usize, &'a [u8])>,
+    ) -> Vec<(usize, usize)> {
+        sectors
+            .map(|(lba, data)| {
+                self.history[lba].push(data.to_vec());
+                (lba, self.history[lba].len() - 1)
+            })
+            .collect()
+    }
+
+    /// A write that was dropped never was.
+    fn unwrite(&mut self, must: Must) {
+        let Must::Write(places) = must else { return };
+        for (lba, place) in places.into_iter().rev() {
+            assert_eq!(self.history[lba].len(), place + 1);
+            self.history[lba].pop();
+        }
+    }
+
+    /// What each sector was made last.
+    fn newest(&self) -> Vec<u8> {
+        let last = self.history.iter().filter_map(|history| history.last());
+        last.flatten().copied().collect()
+    }
+
+    /// Holds a sector against its history from a place on.
+    #[track_caller]
+    fn sector(&self, what: &str, lba: usize, bytes: &[u8], from: usize) {
+        let history = &self.history[lba];
+        assert!(
+            history[from..].iter().any(|version| version == bytes),
+            "{what}: sector {lba} begins {:02x?}, of its {} versions that is {:?}, not {from} or later",
+            &bytes[..8],
+            history.len(),
+            history.iter().rposition(|version| version == bytes),
+        );
+    }
+
+    /// Holds a reply against what it must be, and the disk against what it
+    /// acknowledges.
+    fn hold(&mut self, bench: &Bench, nic: NicId, reply: &Reply) {
         if reply.command() != 0 || reply.error() == Some(5) {
             return;
         }
@@ -133,20 +185,48 @@ impl Model {
         let must = must.unwrap_or_else(|| panic!("unexpected: {reply:?}"));
         let ata = reply.ata().unwrap();
         let got = match (reply.error(), ata.status) {
-            (Some(code), _) => Must::Refuse(code),
-            (None, 0x40) if must == Must::Succeed => Must::Succeed,
-            (None, 0x40) => {
-                // Less is padding, and so are zeros behind SMART's registers.
-                let len = reply.bytes().len() - 36;
-                let data = len > 24 && must != Must::Data(vec![]);
-                let held = if data { len } else { 0 };
-                Must::Data(ata.data[..held].to_vec())
-            }
-            (None, _) => Must::Fail(ata.error),
+            (Some(code), _) => Err(Must::Refuse(code)),
+            (None, 0x40) => Ok(ata.data),
+            (None, _) => Err(Must::Fail(ata.error)),
         };
-        match (&got, &must) {
-            (Must::Data(got), Must::Data(must)) => same(got, must),
-            _ => assert_eq!(got, must, "{reply:?}"),
+        let data = match (got, &must) {
+            (Err(got), _) => return assert_eq!(got, must, "{reply:?}"),
+            (Ok(_), Must::Refuse(_) | Must::Fail(_) | Must::Silence) => {
+                panic!("{reply:?} instead of {must:?}")
+            }
+            (Ok(data), _) => data,
+        };
+        match must {
+            Must::Read(first, floors) => {
+                assert!(data.len() >= floors.len() * 512, "{reply:?}");
+                for ((at, bytes), floor) in data.chunks(512).enumerate().zip(floors) {
+                    self.sector("read", first + at, bytes, floor);
+                }
+            }
+            Must::Write(places) => {
+                let (disk, stable) = (bench.on_disk(), bench.stable());
+                let target = &bench.target;
+                let durable = self.durable || target.closing > 0 || !target.state.write_cache;
+                for (lba, place) in places {
+                    self.acked[lba] = self.acked[lba].max(place);
+                    let bytes = lba * 512..(lba + 1) * 512;
+                    if self.write_through {
+                        self.sector("on the disk", lba, &disk[bytes.clone()], place);
+                    }
+                    if durable {
+                        self.sector("on stable storage", lba, &stable[bytes], place);
+                    }
+                }
+            }
+            Must::Flush(floors) => {
+                let stable = bench.stable();
+                for (lba, floor) in floors.into_iter().enumerate() {
+                    let bytes = &stable[lba * 512..(lba + 1) * 512];
+                    self.sector("after a flush", lba, bytes, floor);
+                }
+            }
+            Must::Nothing => assert!(data.len() == 24 || data.iter().all(|b| *b == 0)),
+            _ => {}
         }
     }
 }
@@ -235,15 +315,26 @@ fn ask(chance: &mut Chance, most: usize) -> Ask {
 fn run(seed: u64) {
     let mut chance = Chance::new(seed);
     let captured = hostile::captured();
-    let mut bench = Bench::with(Settings {
+    let settings = Settings {
         durable: chance.one_in(4),
         read_only: chance.one_in(8),
         ..settings()
-    });
+    };
+    let dirty_max = 1 + chance.below(20) as u32;
+    let room = Room {
+        slots: dirty_max + 4 + chance.below(20) as u32,
+        dirty_max: dirty_max.max(4),
+        parked_max: *chance.pick(&[4 << 10, 64 << 10, 1 << 20]),
+        write_through: chance.one_in(4),
+    };
     let mut model = Model {
-        disk: sectors(0, SECTORS as usize),
+        history: vec![vec![vec![0; 512]]; SECTORS as usize],
+        acked: vec![0; SECTORS as usize],
+        durable: settings.durable,
+        write_through: room.write_through,
         waiting: HashMap::new(),
     };
+    let mut bench = Bench::with_room(settings, room);
     for _ in 0..STEPS {
         if chance.one_in(15) {
             let shut = bench.desk.borrow().shut;
@@ -258,8 +349,11 @@ fn run(seed: u64) {
                 desk.passed.push_back(job);
             }
         }
+        if chance.one_in(6) {
+            bench.now += Duration::from_millis(chance.below(900) as u64);
+        }
         if chance.one_in(3) {
-            settle(&mut bench, &mut model);
+            take_in(&mut bench, &mut model);
         }
         let (nic, bytes) = frame(&mut chance, &mut bench, &captured);
         let Some(from) = heard(&bench, &bytes) else {
@@ -270,7 +364,7 @@ fn run(seed: u64) {
         let ata = bytes[19] == 0 && bytes[14] >> 4 == 1;
         if !ata {
             if let Got::Reply(reply) = bench.hand(nic, &bytes) {
-                model.hold(nic, &reply);
+                model.hold(&bench, nic, &reply);
             }
             continue;
         }
@@ -280,21 +374,25 @@ fn run(seed: u64) {
             model.waiting.insert(key.clone(), must.clone());
         }
         match bench.hand(nic, &bytes) {
-            Got::Reply(reply) => model.hold(nic, &reply),
+            Got::Reply(reply) => model.hold(&bench, nic, &reply),
             Got::Parked => assert_ne!(must, Must::Silence),
+            Got::Dropped(Dropped::NoRoom) => {
+                assert!(matches!(must, Must::Write(_)), "{must:?}");
+                model.waiting.remove(&key);
+                model.unwrite(must);
+            }
             Got::Dropped(why) => assert_eq!((why, must), (Dropped::BroadcastChange, Must::Silence)),
             Got::Rival(mac) => panic!("rival {mac}"),
         }
     }
     bench.open();
-    settle(&mut bench, &mut model);
+    bench.target.drain();
+    bench.settle();
+    take_in(&mut bench, &mut model);
     assert!(bench.target.is_idle());
     assert!(model.waiting.is_empty(), "no answer: {:?}", model.waiting);
-    same(&bench.bytes(), &model.disk);
+    same(&bench.stable(), &model.newest());
     assert_eq!(bench.target.closing, 0);
-    if bench.target.settings.durable || !bench.target.state.write_cache {
-        same(&bench.stable(), &model.disk);
-    }
     let saved = bench.saved().unwrap_or_default();
     assert_eq!(saved, bench.target.state);
 }
@@ -322,12 +420,9 @@ fn heard(bench: &Bench, bytes: &[u8]) -> Option<MacAddr> {
     heard.then_some(from)
 }
 
-fn settle(bench: &mut Bench, model: &mut Model) {
+fn take_in(bench: &mut Bench, model: &mut Model) {
     for (nic, reply) in bench.pump() {
-        model.hold(nic, &reply);
-    }
-    if bench.target.settings.durable && model.waiting.is_empty() {
-        same(&bench.stable(), &model.disk);
+        model.hold(bench, nic, &reply);
     }
 }
 

@@ -1,0 +1,575 @@
+//! Blocks in memory: which sectors of which block are here, which of them the
+//! image does not have yet, and which block gives way to another.
+//!
+//! No I/O happens here. A slot's life:
+//!
+//! ```text
+//! Free -> Dirty -> Planned -> Writing -> Written -> Clean -> Free
+//!           ^---------- failed --+---------'
+//! ```
+//!
+//! A slot with dirty sectors is never written again. A write to its block makes
+//! a new version in another slot, which takes over every sector of the old one
+//! and then its place in the index. An old version that was being written back
+//! lives on until that ends; until then the new one waits with its own.
+//!
+//! All extents are sectors of the backing, not of the export.
+
+mod epochs;
+mod index;
+mod writeback;
+
+use std::time::Instant;
+
+use shadow::{Extent, Lba, SECTOR};
+
+use super::arena::{Arena, runs};
+use crate::sys::buffer::Body;
+
+use epochs::Epochs;
+use index::{Index, NONE};
+
+pub use epochs::Epoch;
+pub use writeback::Record;
+
+/// The most blocks that one request touches: 255 sectors, begun anywhere.
+const PIECES_MAX: usize = 255 / 8 + 2;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum State {
+    /// Holds nothing; perhaps still lent out.
+    Free,
+    /// As on stable storage.
+    Clean,
+    /// Must be written back; in the queue.
+    Dirty,
+    /// Must be written back; in the plan.
+    Planned,
+    /// Being written back.
+    Writing,
+    /// Written back, not synced.
+    Written,
+}
+
+/// What is known of a slot: what every read looks at comes first, so that it
+/// lies in one line of the processor's cache.
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+struct Meta {
+    block: u64,
+    /// Sectors that are here.
+    valid: u64,
+    state: State,
+    /// Used since the clock's hand was here.
+    referenced: bool,
+    /// Whether this is the block's present version.
+    present: bool,
+    /// Whether an older version of the block is still being written back.
+    waits: bool,
+    /// Whether the rest of it is being read, without which it cannot be written.
+    reads: bool,
+    /// Whether one of its write-backs failed.
+    failed: bool,
+    /// Write-backs under way.
+    writes: u16,
+    /// Sectors that are not on stable storage.
+    dirty: u64,
+    /// The version of the block; no two are equal.
+    sequence: u64,
+    epoch: Epoch,
+    /// Sectors still to be handed to the disk, while Writing.
+    unsent: u64,
+    /// The queue of dirty slots.
+    previous: u32,
+    next: u32,
+    /// The operation that must not lose this slot.
+    guard: u32,
+    /// Reads of the disk that must not lose this block.
+    holds: u32,
+}
+
+/// There is no slot for it now.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Full;
+
+/// The cache. See the head of this file.
+#[derive(Debug)]
+pub struct Cache {
+    arena: Arena,
+    /// Sectors of a block.
+    sectors: u64,
+    /// The disk takes whole groups of so many sectors.
+    group: u32,
+    meta: Vec<Meta>,
+    index: Index,
+    free: Vec<u32>,
+    /// Slots that hold nothing but are still lent out.
+    limbo: Vec<u32>,
+    hand: u32,
+    /// The queue of dirty slots, oldest first.
+    head: u32,
+    tail: u32,
+    /// Blocks to be written back next, in their order.
+    plan: std::collections::VecDeque<u64>,
+    /// A slot with sectors left to hand to the disk.
+    partial: Option<u32>,
+    /// Blocks that must be read before they can be written back.
+    wanted: Vec<u64>,
+    /// Versions written back that the next sync covers.
+    written: Vec<Record>,
+    /// Slots with dirty sectors.
+    dirty: u32,
+    dirty_max: u32,
+    sequence: u64,
+    operation: u32,
+    epochs: Epochs,
+    /// Blocks lately missed; one that is missed again is worth a slot.
+    ghosts: Vec<u64>,
+}
+
+/// One block's part of an extent.
+#[derive(Clone, Copy, Debug)]
+struct Piece {
+    block: u64,
+    /// First sector of the block.
+    first: u32,
+    count: u32,
+    /// Where its bytes are among those of the extent.
+    at: usize,
+}
+
+impl Piece {
+    fn mask(self) -> u64 {
+        if self.count == 64 {
+            u64::MAX
+        } else {
+            ((1u64 << self.count) - 1) << self.first
+        }
+    }
+
+    /// Where its bytes begin in the slot, and how many they are.
+    fn bytes(self) -> (usize, usize) {
+        (
+            self.first as usize * SECTOR as usize,
+            self.count as usize * SECTOR as usize,
+        )
+    }
+}
+
+impl Cache {
+    /// An empty cache in `arena`, of which up to `dirty_max` slots may be dirty;
+    /// the disk takes whole blocks of `align` bytes.
+    pub fn new(arena: Arena, align: usize, dirty_max: u32) -> Cache {
+        let count = arena.count();
+        let epochs = Epochs::new();
+        let empty = Meta {
+            block: 0,
+            sequence: 0,
+            epoch: epochs.current(),
+            valid: 0,
+            dirty: 0,
+            unsent: 0,
+            writes: 0,
+            failed: false,
+            state: State::Free,
+            present: false,
+            waits: false,
+            reads: false,
+            referenced: false,
+            guard: 0,
+            holds: 0,
+            previous: NONE,
+            next: NONE,
+        };
+        Cache {
+            sectors: arena.block() as u64 / SECTOR,
+            group: (align as u64 / SECTOR).max(1) as u32,
+            meta: vec![empty; count as usize],
+            index: Index::new(count),
+            free: (0..count).rev().collect(),
+            limbo: Vec::new(),
+            hand: 0,
+            head: NONE,
+            tail: NONE,
+            plan: std::collections::VecDeque::new(),
+            partial: None,
+            wanted: Vec::new(),
+            written: Vec::new(),
+            dirty: 0,
+            dirty_max: dirty_max.clamp(1, count),
+            sequence: 0,
+            operation: 0,
+            epochs,
+            ghosts: vec![u64::MAX; (count as usize * 2).next_power_of_two()],
+            arena,
+        }
+    }
+
+    /// The memory.
+    pub fn arena(&mut self) -> &mut Arena {
+        &mut self.arena
+    }
+
+    /// Slots with dirty sectors, and how many there may be.
+    pub fn dirty(&self) -> (u32, u32) {
+        (self.dirty, self.dirty_max)
+    }
+
+    /// How many slots there are.
+    pub fn slots(&self) -> u32 {
+        self.arena.count()
+    }
+
+    /// The whole blocks around an extent.
+    pub fn blocks_around(&self, extent: Extent) -> Extent {
+        let start = extent.start().0 / self.sectors * self.sectors;
+        let end = extent.end().0.next_multiple_of(self.sectors);
+        Extent::new(Lba(start), end - start).unwrap_or(extent)
+    }
+
+    fn pieces(&self, extent: Extent) -> impl Iterator<Item = Piece> + use<> {
+        let sectors = self.sectors;
+        let (mut lba, end) = (extent.start().0, extent.end().0);
+        let start = lba;
+        std::iter::from_fn(move || {
+            if lba >= end {
+                return None;
+            }
+            let first = (lba % sectors) as u32;
+            let count = (end - lba).min(sectors - u64::from(first)) as u32;
+            let piece = Piece {
+                block: lba / sectors,
+                first,
+                count,
+                at: ((lba - start) * SECTOR) as usize,
+            };
+            lba += u64::from(count);
+            Some(piece)
+        })
+    }
+
+    fn find(&self, block: u64) -> Option<u32> {
+        self.index
+            .find(block, |slot| self.meta[slot as usize].block)
+    }
+
+    /// The data of an extent that lies within one block, all of it here.
+    pub fn hit(&mut self, extent: Extent) -> Option<Body> {
+        let first = extent.start().0 % self.sectors;
+        if first + extent.count() > self.sectors {
+            return None;
+        }
+        let piece = Piece {
+            block: extent.start().0 / self.sectors,
+            first: first as u32,
+            count: extent.count() as u32,
+            at: 0,
+        };
+        let slot = self.find(piece.block)?;
+        let meta = &mut self.meta[slot as usize];
+        if meta.valid & piece.mask() != piece.mask() {
+            return None;
+        }
+        // Read first: a store would take the line from the other processors.
+        if !meta.referenced {
+            meta.referenced = true;
+        }
+        let (at, len) = piece.bytes();
+        self.arena.lend(slot, at, len)
+    }
+
+    /// Whether all of an extent is here.
+    pub fn covers(&self, extent: Extent) -> bool {
+        self.pieces(extent).all(|piece| {
+            let slot = self.find(piece.block);
+            slot.is_some_and(|s| self.meta[s as usize].valid & piece.mask() == piece.mask())
+        })
+    }
+
+    /// Copies what is here of an extent over what was read from the disk.
+    pub fn overlay(&mut self, extent: Extent, data: &mut [u8]) {
+        for piece in self.pieces(extent) {
+            let Some(slot) = self.find(piece.block) else {
+                continue;
+            };
+            let meta = &mut self.meta[slot as usize];
+            meta.referenced = true;
+            for (first, count) in runs(meta.valid & piece.mask()) {
+                let part = Piece {
+                    first,
+                    count,
+                    ..piece
+                };
+                let (from, len) = part.bytes();
+                let to = piece.at + (first - piece.first) as usize * SECTOR as usize;
+                data[to..to + len].copy_from_slice(self.arena.bytes(slot, from, len));
+            }
+        }
+    }
+
+    /// Keeps the blocks that are here of an extent from being driven out, until
+    /// [`unhold`](Cache::unhold): what a read of the disk brings meanwhile may be
+    /// older than they are.
+    pub fn hold(&mut self, extent: Extent) -> Vec<u64> {
+        let mut blocks = Vec::new();
+        for piece in self.pieces(extent) {
+            if let Some(slot) = self.find(piece.block) {
+                self.meta[slot as usize].holds += 1;
+                blocks.push(piece.block);
+            }
+        }
+        blocks
+    }
+
+    /// The opposite of [`hold`](Cache::hold).
+    pub fn unhold(&mut self, blocks: &[u64]) {
+        for block in blocks {
+            if let Some(slot) = self.find(*block) {
+                self.meta[slot as usize].holds -= 1;
+            }
+        }
+    }
+
+    /// Whether a block missed now was missed lately, too, and so is worth a
+    /// slot: what is read only once would drive out what is read again.
+    pub fn is_wanted_again(&mut self, block_of: Extent) -> bool {
+        let block = block_of.start().0 / self.sectors;
+        let mask = self.ghosts.len() - 1;
+        let ghost = &mut self.ghosts[index::hash(block) as usize & mask];
+        std::mem::replace(ghost, block) == block
+    }
+
+    /// Keeps the whole blocks of what was read from the disk, where nothing of
+    /// them is here and there is a slot.
+    pub fn keep(&mut self, extent: Extent, data: &[u8]) {
+        for piece in self.pieces(extent) {
+            if u64::from(piece.count) != self.sectors || self.find(piece.block).is_some() {
+                continue;
+            }
+            self.operation = self.operation.wrapping_add(1);
+            let Some(slot) = self.take_slot() else { return };
+            let (at, len) = piece.bytes();
+            self.arena.write(slot, at, &data[piece.at..piece.at + len]);
+            let meta = &mut self.meta[slot as usize];
+            meta.block = piece.block;
+            meta.valid = piece.mask();
+            meta.dirty = 0;
+            meta.state = State::Clean;
+            meta.present = true;
+            meta.referenced = false;
+            self.index.insert(piece.block, slot);
+        }
+    }
+
+    /// Takes a write: when this returns it survives the process. All of it, or
+    /// nothing and [`Full`].
+    pub fn write(&mut self, extent: Extent, data: &[u8], now: Instant) -> Result<Epoch, Full> {
+        self.operation = self.operation.wrapping_add(1);
+        let mut slots = [NONE; PIECES_MAX];
+        let mut fresh = 0;
+        // First every slot that will be needed, then the writing.
+        for piece in self.pieces(extent) {
+            let found = self.find(piece.block);
+            if let Some(slot) = found {
+                self.meta[slot as usize].guard = self.operation;
+            }
+            let state = found.map(|slot| self.meta[slot as usize].state);
+            fresh += u32::from(matches!(state, None | Some(State::Clean)));
+        }
+        let mut room = self.dirty + fresh <= self.dirty_max || fresh == 0;
+        for (piece, slot) in self.pieces(extent).zip(&mut slots) {
+            if room && self.in_place(piece.block).is_none() {
+                match self.take_slot() {
+                    Some(taken) => *slot = taken,
+                    None => room = false,
+                }
+            }
+        }
+        if !room {
+            self.free
+                .extend(slots.into_iter().filter(|slot| *slot != NONE));
+            return Err(Full);
+        }
+        for (piece, slot) in self.pieces(extent).zip(slots) {
+            let (_, len) = piece.bytes();
+            self.write_piece(piece, slot, &data[piece.at..piece.at + len], now);
+        }
+        Ok(self.epochs.current())
+    }
+
+    /// The slot of a block that may be written where it is: it is clean, so
+    /// does not count in the arena, and nobody reads it now.
+    fn in_place(&self, block: u64) -> Option<u32> {
+        let slot = self.find(block)?;
+        let clean = self.meta[slot as usize].state == State::Clean;
+        (clean && !self.arena.is_lent(slot)).then_some(slot)
+    }
+
+    fn write_piece(&mut self, piece: Piece, fresh: u32, data: &[u8], now: Instant) {
+        let (at, _) = piece.bytes();
+        let mask = piece.mask();
+        let old = self.find(piece.block);
+        if fresh == NONE {
+            let Some(slot) = old else { return };
+            self.arena.write(slot, at, data);
+            self.meta[slot as usize].valid |= mask;
+            self.make_dirty(slot, mask, now);
+            self.queue_back(slot);
+            return;
+        }
+        let before = old.map(|slot| self.meta[slot as usize]);
+        let kept = before.map_or(0, |m| m.valid & !mask);
+        if let Some(old) = old {
+            for (first, count) in runs(kept) {
+                let (at, len) = Piece {
+                    first,
+                    count,
+                    ..piece
+                }
+                .bytes();
+                self.arena.copy(old, fresh, at, len);
+            }
+        }
+        self.arena.write(fresh, at, data);
+        let meta = &mut self.meta[fresh as usize];
+        meta.block = piece.block;
+        meta.valid = kept | mask;
+        self.supersede(old, fresh, before.map_or(0, |m| m.dirty) | mask, now);
+    }
+
+    /// Puts a version that was written into `fresh` in the place of `old`.
+    fn supersede(&mut self, old: Option<u32>, fresh: u32, dirty: u64, now: Instant) {
+        let block = self.meta[fresh as usize].block;
+        let Some(old) = old else {
+            self.make_dirty(fresh, dirty, now);
+            self.index.insert(block, fresh);
+            self.queue_back(fresh);
+            return;
+        };
+        let before = self.meta[old as usize];
+        self.meta[fresh as usize].holds = before.holds;
+        self.meta[old as usize].holds = 0;
+        match before.state {
+            // Not handed to the disk yet: the new version takes its account.
+            State::Dirty | State::Planned => {
+                self.publish(fresh, dirty);
+                let meta = &mut self.meta[fresh as usize];
+                meta.epoch = before.epoch;
+                meta.state = before.state;
+                meta.waits = before.waits;
+                if before.state == State::Dirty {
+                    self.queue_replace(old, fresh);
+                }
+                self.arena.retire(old);
+                self.index.replace(block, old, fresh);
+                self.release(old);
+            }
+            State::Writing => {
+                self.make_dirty(fresh, dirty, now);
+                self.arena.retire(old);
+                self.index.replace(block, old, fresh);
+                self.meta[fresh as usize].waits = true;
+                self.meta[old as usize].present = false;
+                self.queue_back(fresh);
+            }
+            // Its record stays with the sync that will cover it.
+            State::Written | State::Clean | State::Free => {
+                self.make_dirty(fresh, dirty, now);
+                self.arena.retire(old);
+                self.index.replace(block, old, fresh);
+                self.dirty -= u32::from(before.state == State::Written);
+                self.release(old);
+                self.queue_back(fresh);
+            }
+        }
+    }
+
+    /// Makes a version count, on the account of the present epoch.
+    fn make_dirty(&mut self, slot: u32, dirty: u64, now: Instant) {
+        self.publish(slot, dirty);
+        let epoch = self.epochs.current();
+        self.epochs.add(epoch, true, now);
+        self.dirty += 1;
+        let meta = &mut self.meta[slot as usize];
+        meta.epoch = epoch;
+        meta.state = State::Dirty;
+        meta.waits = false;
+    }
+
+    fn publish(&mut self, slot: u32, dirty: u64) {
+        self.sequence += 1;
+        let meta = &mut self.meta[slot as usize];
+        meta.sequence = self.sequence;
+        meta.dirty = dirty;
+        meta.unsent = 0;
+        meta.writes = 0;
+        meta.failed = false;
+        meta.reads = false;
+        meta.present = true;
+        meta.referenced = true;
+        let (block, dirty) = (meta.block, meta.dirty);
+        self.arena.publish(slot, self.sequence, block, dirty);
+    }
+
+    /// Forgets an extent, whose sectors the disk has made zeros. Nothing in the
+    /// cache is dirty now.
+    pub fn forget(&mut self, extent: Extent) {
+        for piece in self.pieces(extent) {
+            let Some(slot) = self.find(piece.block) else {
+                continue;
+            };
+            let meta = &mut self.meta[slot as usize];
+            debug_assert_eq!(meta.state, State::Clean);
+            meta.valid &= !piece.mask();
+            if meta.valid == 0 {
+                self.index.remove(piece.block, slot);
+                self.release(slot);
+            }
+        }
+    }
+
+    /// A slot to write into: a free one, or that of a clean block which was not
+    /// used for the longest time (by the clock's measure).
+    fn take_slot(&mut self) -> Option<u32> {
+        if let Some(slot) = self.free.pop() {
+            return Some(slot);
+        }
+        let arena = &self.arena;
+        if let Some(at) = self.limbo.iter().position(|slot| !arena.is_lent(*slot)) {
+            return Some(self.limbo.swap_remove(at));
+        }
+        for _ in 0..2 * self.meta.len() {
+            let slot = self.hand;
+            self.hand = (self.hand + 1) % self.arena.count();
+            let meta = &mut self.meta[slot as usize];
+            if meta.state != State::Clean || meta.guard == self.operation || meta.holds > 0 {
+                continue;
+            }
+            if meta.referenced {
+                meta.referenced = false;
+            } else if !self.arena.is_lent(slot) {
+                let block = meta.block;
+                meta.state = State::Free;
+                meta.present = false;
+                self.index.remove(block, slot);
+                return Some(slot);
+            }
+        }
+        None
+    }
+
+    /// A slot holds nothing any more.
+    fn release(&mut self, slot: u32) {
+        let meta = &mut self.meta[slot as usize];
+        meta.state = State::Free;
+        meta.present = false;
+        if self.arena.is_lent(slot) {
+            self.limbo.push(slot);
+        } else {
+            self.free.push(slot);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,538 @@
+//! The cache alone: its accounts counted anew after every step, and its arena
+//! looked at while the writer stands still, wherever that is.
+
+use super::writeback::Run;
+use super::*;
+use crate::store::arena::{ImageId, OldArena};
+use crate::sys::slots::{Slots, file_len};
+use nix::sys::signal::{Signal, kill};
+use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
+use nix::unistd::Pid;
+use proptest::prelude::*;
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+use std::time::Duration;
+
+const SECTORS: u64 = 64;
+const BLOCK: usize = 4096;
+
+/// A number that is the same for the same arguments and like no other.
+fn draw(seed: u64, n: u64) -> u64 {
+    let mut x = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) ^ n.wrapping_mul(0xD1B5_4A32_D192_ED03);
+    for _ in 0..3 {
+        x = (x ^ x >> 32).wrapping_mul(0xD6E8_FEB8_6659_FD93);
+    }
+    x ^ x >> 32
+}
+
+fn extent(start: u64, count: u64) -> Extent {
+    Extent::new(Lba(start), count).unwrap()
+}
+
+/// The extent of the write with this number.
+fn nth(seed: u64, n: u64) -> Extent {
+    let start = draw(seed, n) % SECTORS;
+    extent(start, 1 + draw(seed, !n) % 20.min(SECTORS - start))
+}
+
+/// Sectors full of this number.
+fn fill(n: u64, extent: Extent) -> Vec<u8> {
+    n.to_le_bytes().repeat(64 * extent.count() as usize)
+}
+
+/// The bytes of a run.
+fn bytes(run: &Run) -> Vec<u8> {
+    run.pieces.iter().flat_map(|piece| piece.to_vec()).collect()
+}
+
+/// A cache with a disk under it whose jobs end when and how it is drawn.
+struct Bench<'a> {
+    cache: Cache,
+    disk: &'a dyn Fn(&mut Vec<u8>, u64, bool),
+    /// Runs under way, each with the bytes it was lent.
+    writing: Vec<(Run, Vec<u8>)>,
+    syncing: Option<Vec<Record>>,
+    lent: Vec<(Body, Vec<u8>)>,
+    now: Instant,
+}
+
+impl<'a> Bench<'a> {
+    /// `disk` reads into or writes from a buffer at an offset.
+    fn new(cache: Cache, disk: &'a dyn Fn(&mut Vec<u8>, u64, bool)) -> Bench<'a> {
+        Bench {
+            cache,
+            disk,
+            writing: Vec::new(),
+            syncing: None,
+            lent: Vec::new(),
+            now: Instant::now(),
+        }
+    }
+
+    fn begin_write(&mut self) {
+        let until = self.cache.epoch();
+        let Some(run) = self.cache.next_run(until, 4) else {
+            return;
+        };
+        let data = bytes(&run);
+        assert_eq!(data.len() as u64, run.extent.byte_len());
+        for (other, _) in &self.writing {
+            assert!(
+                !other.extent.overlaps(run.extent),
+                "two writes of one sector"
+            );
+        }
+        self.writing.push((run, data));
+    }
+
+    fn end_write(&mut self, which: usize, ok: bool) {
+        if self.writing.is_empty() {
+            return;
+        }
+        let which = which % self.writing.len();
+        let (run, mut data) = self.writing.swap_remove(which);
+        assert_eq!(data, bytes(&run), "what is lent has changed");
+        if !ok {
+            data.truncate(512);
+        }
+        (self.disk)(&mut data, run.extent.byte_start(), true);
+        drop(run.pieces);
+        for slot in run.slots {
+            self.cache.write_ended(slot, ok, self.now);
+        }
+    }
+
+    fn begin_sync(&mut self) {
+        if self.syncing.is_none() {
+            self.syncing = Some(self.cache.begin_sync());
+        }
+    }
+
+    fn end_sync(&mut self, ok: bool) {
+        if let Some(records) = self.syncing.take() {
+            self.cache.sync_ended(records, ok, self.now);
+        }
+    }
+
+    /// Reads what is wanted to complete blocks.
+    fn complete(&mut self) {
+        for span in self.cache.take_wanted() {
+            let mut data = vec![0; span.byte_len() as usize];
+            (self.disk)(&mut data, span.byte_start(), false);
+            self.cache.complete(span, &data, self.now);
+            self.cache.not_completed(span);
+        }
+    }
+
+    /// One thing that happens between two requests.
+    fn step(&mut self, lot: u64) {
+        let which = (lot >> 16) as usize;
+        let fails = lot >> 8 & 7 == 0;
+        match lot & 7 {
+            0 | 1 => self.begin_write(),
+            2 => self.end_write(which, !fails),
+            3 if lot >> 8 & 1 == 0 => self.begin_sync(),
+            3 => self.end_sync(!fails),
+            4 => self.complete(),
+            5 => {
+                let start = which as u64 % SECTORS;
+                let body = self.cache.hit(extent(start, 1));
+                self.lent.extend(body.map(|body| {
+                    let bytes = body.to_vec();
+                    (body, bytes)
+                }));
+            }
+            6 if !self.lent.is_empty() => {
+                let (body, bytes) = self.lent.swap_remove(which % self.lent.len());
+                assert_eq!(&*body, &bytes[..], "a reply changed while it waited");
+            }
+            _ => {
+                // A clean block comes in, and drives others out.
+                let block = self.cache.blocks_around(extent(which as u64 % SECTORS, 1));
+                let mut data = vec![0; block.byte_len() as usize];
+                (self.disk)(&mut data, block.byte_start(), false);
+                if self.cache.find(block.start().0 / 8).is_none() {
+                    self.cache.keep(block, &data);
+                }
+            }
+        }
+    }
+
+    /// Takes a write, as soon as there is room for it.
+    fn write(&mut self, extent: Extent, data: &[u8]) {
+        let mut tries = 0;
+        while self.cache.write(extent, data, self.now).is_err() {
+            tries += 1;
+            assert!(tries < 100, "there is never room");
+            self.lent.clear();
+            self.write_back();
+        }
+    }
+
+    /// All that is dirty to the disk.
+    fn write_back(&mut self) {
+        for _ in 0..100 {
+            self.begin_write();
+            self.complete();
+            self.end_write(0, true);
+            if self.writing.is_empty() {
+                self.end_sync(true);
+                self.begin_sync();
+                self.end_sync(true);
+            }
+        }
+    }
+
+    /// Counts what the accounts should be, and holds them against that.
+    fn audit(&self) {
+        let cache = &self.cache;
+        let unwritten = |epoch: Epoch| {
+            let states = [State::Dirty, State::Planned, State::Writing];
+            let counts = |meta: &&Meta| states.contains(&meta.state) && meta.epoch == epoch;
+            cache.meta.iter().filter(counts).count()
+        };
+        let records = cache.written.iter().chain(self.syncing.iter().flatten());
+        let epochs: Vec<Epoch> = records.map(|record| cache.epoch_of(record)).collect();
+        for meta in cache.meta.iter().filter(|meta| meta.state != State::Free) {
+            let account = cache.epochs.counts(meta.epoch);
+            let owed = !matches!(meta.state, State::Clean);
+            assert!(!owed || account.is_some(), "{meta:?} is on no account");
+        }
+        for epoch in cache.epochs.open() {
+            let (written, synced) = cache.epochs.counts(epoch).unwrap();
+            assert_eq!(written as usize, unwritten(epoch), "unwritten in {epoch:?}");
+            let awaited = epochs.iter().filter(|e| **e == epoch).count();
+            assert_eq!(synced as usize, unwritten(epoch) + awaited, "in {epoch:?}");
+        }
+        let dirty = |meta: &&Meta| !matches!(meta.state, State::Free | State::Clean);
+        let dirty = cache.meta.iter().filter(dirty).count();
+        assert_eq!(cache.dirty as usize, dirty, "dirty slots");
+        // Each slot is in one place.
+        let mut seen = vec![0; cache.meta.len()];
+        for slot in cache.free.iter().chain(&cache.limbo) {
+            seen[*slot as usize] += 1;
+            assert_eq!(cache.meta[*slot as usize].state, State::Free);
+        }
+        let (mut slot, mut queued) = (cache.head, 0);
+        while slot != NONE {
+            assert_eq!(cache.meta[slot as usize].state, State::Dirty);
+            (slot, queued) = (cache.meta[slot as usize].next, queued + 1);
+        }
+        let all = cache.meta.iter().filter(|meta| meta.state == State::Dirty);
+        assert_eq!(queued, all.count(), "dirty slots in the queue");
+        for (slot, meta) in cache.meta.iter().enumerate() {
+            let free = usize::from(meta.state == State::Free);
+            assert_eq!(seen[slot], free, "slot {slot}: {meta:?}");
+            assert_eq!(cache.find(meta.block) == Some(slot as u32), meta.present);
+        }
+    }
+}
+
+fn cache(arena: Arena, align: usize, dirty_max: u32) -> Cache {
+    Cache::new(arena, align, dirty_max)
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(60))]
+
+    #[test]
+    fn accounts_queue_and_slots_agree_and_reads_see_the_newest(
+        seed: u64, slots in 8u32..20, align in 0usize..3, steps in 20u64..300
+    ) {
+        let align = [1, 1024, 4096][align];
+        let medium = std::cell::RefCell::new(vec![0; SECTORS as usize * 512]);
+        let disk = |data: &mut Vec<u8>, at: u64, write: bool| {
+            let (mut medium, at) = (medium.borrow_mut(), at as usize);
+            if write {
+                medium[at..at + data.len()].copy_from_slice(data);
+            } else {
+                let len = data.len();
+                data.copy_from_slice(&medium[at..at + len]);
+            }
+        };
+        let arena = Arena::anonymous(BLOCK, slots).unwrap();
+        let mut bench = Bench::new(cache(arena, align, slots * 3 / 4), &disk);
+        let mut model = vec![0; SECTORS as usize * 512];
+        for n in 1..steps {
+            if draw(seed, n) % 3 == 0 {
+                let (extent, data) = (nth(seed, n), fill(n, nth(seed, n)));
+                bench.write(extent, &data);
+                let at = extent.byte_start() as usize;
+                model[at..at + data.len()].copy_from_slice(&data);
+            } else {
+                bench.step(draw(seed ^ 1, n));
+            }
+            bench.audit();
+            let whole = extent(0, SECTORS);
+            let mut seen = medium.borrow().clone();
+            bench.cache.overlay(whole, &mut seen);
+            prop_assert!(seen == model, "what is read after step {n}");
+        }
+        bench.lent.clear();
+        let closed = bench.cache.close_epoch();
+        bench.write_back();
+        bench.audit();
+        prop_assert!(bench.cache.is_synced(closed) && !bench.cache.has_unsynced());
+        prop_assert!(*medium.borrow() == model);
+    }
+}
+
+/// A cache of so many blocks that begins empty.
+fn empty(slots: u32) -> Cache {
+    cache(Arena::anonymous(BLOCK, slots).unwrap(), 1, slots)
+}
+
+#[test]
+fn a_version_that_takes_over_from_a_failed_one_keeps_the_flush_waiting() {
+    // The elder's account closed before the younger was on it, and the flush
+    // was answered.
+    let (mut cache, now) = (empty(8), Instant::now());
+    cache.write(extent(0, 1), &[1; 512], now).unwrap();
+    let run = cache.next_run(cache.epoch(), 8).unwrap();
+    let flush = cache.close_epoch();
+    cache.write(extent(0, 1), &[2; 512], now).unwrap();
+    cache.write_ended(run.slots[0], false, now);
+    assert!(!cache.is_written(flush) && !cache.is_synced(flush));
+    let run = cache
+        .next_run(flush, 8)
+        .expect("asked for, and not written");
+    cache.write_ended(run.slots[0], true, now);
+    assert!(cache.is_written(flush) && !cache.is_synced(flush));
+    // The same when it is the sync that fails, and a third version is there.
+    let records = cache.begin_sync();
+    cache.write(extent(0, 1), &[3; 512], now).unwrap();
+    cache.sync_ended(records, false, now);
+    assert!(!cache.is_written(flush) && !cache.is_synced(flush));
+    let run = cache
+        .next_run(flush, 8)
+        .expect("asked for, and not written");
+    cache.write_ended(run.slots[0], true, now);
+    let records = cache.begin_sync();
+    cache.sync_ended(records, true, now);
+    assert!(cache.is_synced(flush) && !cache.has_unsynced());
+}
+
+#[test]
+fn what_came_back_to_the_queue_does_not_stand_before_its_elders() {
+    let (mut cache, now) = (empty(8), Instant::now());
+    cache.write(extent(0, 1), &[1; 512], now).unwrap();
+    let first = cache.close_epoch();
+    cache.write(extent(16, 1), &[2; 512], now).unwrap();
+    let both = cache.epoch();
+    let runs = [
+        cache.next_run(both, 1).unwrap(),
+        cache.next_run(both, 1).unwrap(),
+    ];
+    // The younger one last, so before the elder.
+    for run in &runs {
+        cache.write_ended(run.slots[0], false, now);
+    }
+    let run = cache.next_run(first, 1).expect("the elder is asked for");
+    assert_eq!(run.extent, extent(0, 1));
+}
+
+#[test]
+fn a_dirty_block_never_gives_way_and_a_lent_slot_is_not_used_again() {
+    let (mut cache, now) = (empty(8), Instant::now());
+    for n in 0..4 {
+        cache
+            .write(extent(8 * n, 8), &fill(n, extent(0, 8)), now)
+            .unwrap();
+    }
+    let lent: Vec<Body> = (0..4)
+        .map(|n| cache.hit(extent(8 * n, 8)).unwrap())
+        .collect();
+    // New versions, whose elders are still being sent.
+    for n in 0..4 {
+        cache
+            .write(extent(8 * n, 8), &fill(n + 10, extent(0, 8)), now)
+            .unwrap();
+    }
+    for n in 4..100 {
+        cache.keep(extent(8 * n, 8), &fill(n, extent(0, 8)));
+    }
+    let full = cache.write(extent(800, 1), &[0; 512], now);
+    assert_eq!(full, Err(Full), "every slot is dirty or lent");
+    for (n, body) in lent.iter().enumerate() {
+        assert_eq!(**body, fill(n as u64, extent(0, 8)));
+    }
+    drop(lent);
+    cache.write(extent(800, 1), &[0; 512], now).unwrap();
+    for n in 0..4 {
+        let body = cache.hit(extent(8 * n, 8)).unwrap();
+        assert_eq!(*body, fill(n + 10, extent(0, 8)));
+    }
+}
+
+#[test]
+fn a_disk_of_whole_groups_gets_whole_groups() {
+    let (arena, now) = (Arena::anonymous(BLOCK, 8).unwrap(), Instant::now());
+    let mut cache = cache(arena, 2048, 8);
+    cache.write(extent(1, 1), &[1; 512], now).unwrap();
+    cache
+        .write(extent(8, 4), &fill(2, extent(0, 4)), now)
+        .unwrap();
+    // The first waits for what is beside it; the second is whole.
+    let run = cache.next_run(cache.epoch(), 8).unwrap();
+    assert_eq!(run.extent, extent(8, 4));
+    let wanted = cache.take_wanted();
+    assert_eq!(wanted, [extent(0, 8)]);
+    // Something newer comes before it does.
+    cache.write(extent(2, 1), &[3; 512], now).unwrap();
+    cache.complete(wanted[0], &[9; 4096], now);
+    cache.not_completed(wanted[0]);
+    let run = cache.next_run(cache.epoch(), 8).unwrap();
+    assert_eq!(run.extent, extent(0, 4));
+    let expected = [[9; 512], [1; 512], [3; 512], [9; 512]].concat();
+    assert_eq!(bytes(&run), expected);
+}
+
+/// Names the writer's folder.
+const FOLDER: &str = "AOEDE_TEST_WRITER";
+/// Words of the writer's progress: the write it has begun last, and the one it
+/// has acknowledged last.
+const BEGUN: usize = 0;
+const ACKED: usize = 1;
+
+fn progress(folder: &Path) -> Slots {
+    let file = File::options()
+        .read(true)
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .open(folder.join("progress"))
+        .unwrap();
+    file.set_len(file_len(2, 4096, 0) as u64).unwrap();
+    Slots::map(&file, 2, 4096, 0).unwrap()
+}
+
+/// Not a test: the process that the test below stops again and again.
+#[test]
+#[ignore = "the other half of a_writer_that_stops_anywhere_has_lost_nothing"]
+fn writer() {
+    let Some(folder) = std::env::var_os(FOLDER) else {
+        return;
+    };
+    let folder = Path::new(&folder);
+    let image = File::options()
+        .read(true)
+        .write(true)
+        .open(folder.join("image"))
+        .unwrap();
+    let seed = std::process::id().into();
+    let id = ImageId {
+        device: 0,
+        inode: 0,
+        birth: 0,
+        start: 0,
+        len: SECTORS * 512,
+    };
+    let arena = Arena::create(&folder.join("a.arena"), [seed, 0], &id, BLOCK, 12).unwrap();
+    let disk = |data: &mut Vec<u8>, at: u64, write: bool| {
+        if write {
+            image.write_all_at(data, at).unwrap();
+        } else {
+            image.read_exact_at(data, at).unwrap();
+        }
+    };
+    let align = [1, 1024][seed as usize % 2];
+    let mut bench = Bench::new(cache(arena, align, 9), &disk);
+    let mut progress = progress(folder);
+    for n in 1.. {
+        let (extent, data) = (nth(seed, n), fill(n, nth(seed, n)));
+        progress.set_word(BEGUN, n);
+        bench.write(extent, &data);
+        progress.set_word(ACKED, n);
+        for step in 0..draw(seed, n) >> 8 & 7 {
+            bench.step(draw(seed ^ 2, n << 3 | step));
+        }
+    }
+}
+
+/// Kills the writer, whatever becomes of the test.
+struct Writer(std::process::Child);
+
+impl Drop for Writer {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+#[test]
+fn a_writer_that_stops_anywhere_has_lost_nothing() {
+    for _ in 0..2 {
+        let folder = tempfile::tempdir().unwrap();
+        let file = File::create(folder.path().join("image")).unwrap();
+        file.set_len(SECTORS * 512).unwrap();
+        let progress = progress(folder.path());
+        let child = std::process::Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", "store::cache::tests::writer", "--ignored"])
+            .env(FOLDER, folder.path())
+            .stdout(std::process::Stdio::null())
+            .spawn()
+            .unwrap();
+        let writer = Writer(child);
+        watch(&writer, folder.path(), &progress);
+    }
+}
+
+fn watch(writer: &Writer, folder: &Path, progress: &Slots) {
+    let pid = Pid::from_raw(writer.0.id() as i32);
+    let seed = u64::from(writer.0.id());
+    let (mut expected, mut counted) = ([0; SECTORS as usize], 0);
+    let (mut looks, mut between) = (0u64, 0);
+    let start = Instant::now();
+    while start.elapsed() < Duration::from_millis(1500) || looks < 200 {
+        assert!(
+            start.elapsed() < Duration::from_secs(60),
+            "{looks} looks only"
+        );
+        // Stopped wherever it is: what a later process would find if it had
+        // been killed there.
+        kill(pid, Signal::SIGSTOP).unwrap();
+        match waitpid(pid, Some(WaitPidFlag::WUNTRACED)).unwrap() {
+            WaitStatus::Stopped(..) => {}
+            other => panic!("the writer ended: {other:?}"),
+        }
+        let (begun, acked) = (progress.word(BEGUN), progress.word(ACKED));
+        if acked > 0 {
+            looks += 1;
+            between += u32::from(begun > acked);
+            for n in counted + 1..=acked {
+                let extent = nth(seed, n);
+                expected[extent.start().0 as usize..extent.end().0 as usize].fill(n);
+            }
+            counted = acked;
+            let mut bytes = std::fs::read(folder.join("image")).unwrap();
+            let old = OldArena::open(&folder.join("a.arena")).unwrap();
+            old.replay(|at, data| {
+                bytes[at as usize..at as usize + data.len()].copy_from_slice(data);
+                Ok::<(), ()>(())
+            })
+            .unwrap();
+            let open = nth(seed, begun);
+            for (sector, bytes) in bytes.chunks(512).enumerate() {
+                let value = u64::from_le_bytes(bytes[..8].try_into().unwrap());
+                assert!(
+                    bytes == value.to_le_bytes().repeat(64),
+                    "sector {sector} is torn"
+                );
+                let is_open = begun > acked && open.overlaps(extent(sector as u64, 1));
+                assert!(
+                    value == expected[sector] || (is_open && value == begun),
+                    "seed {seed}: sector {sector} is {value} after {acked} and in {begun}, not {}",
+                    expected[sector]
+                );
+            }
+        }
+        kill(pid, Signal::SIGCONT).unwrap();
+        // It runs for a time that is not always the same.
+        for _ in 0..draw(seed, looks) % 2000 {
+            std::hint::spin_loop();
+        }
+    }
+    println!("{looks} looks, {between} of them within a write, {counted} writes");
+    assert!(between > 0);
+}

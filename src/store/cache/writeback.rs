@@ -1,0 +1,475 @@
+//! The way of dirty sectors to stable storage.
+//!
+//! Dirty slots queue by age. A plan takes the oldest and sorts them by place; a
+//! run is what lies together of it, handed to the disk as one write. When all of
+//! a version is written, a record of it waits for the next sync; when that has
+//! succeeded, and no newer version came meanwhile, the slot is clean.
+
+use std::time::Instant;
+
+use shadow::{Extent, Lba, SECTOR};
+
+use super::epochs::Epoch;
+use super::index::NONE;
+use super::{Cache, State, runs};
+use crate::sys::buffer::Body;
+
+/// Slots taken from the queue into one plan.
+const PLAN_MAX: usize = 1024;
+/// Slots at the head of the queue that may be passed over since they wait for
+/// an older version.
+const SKIP_MAX: usize = 64;
+
+/// Sectors that lie together, to be written as one.
+#[derive(Debug)]
+pub struct Run {
+    /// Which.
+    pub extent: Extent,
+    /// Their bytes, in order.
+    pub pieces: Vec<Body>,
+    /// The slots they are from.
+    pub slots: Vec<u32>,
+}
+
+/// A version that was written back and waits for a sync.
+#[derive(Clone, Copy, Debug)]
+pub struct Record {
+    block: u64,
+    slot: u32,
+    sequence: u64,
+    epoch: Epoch,
+}
+
+impl Cache {
+    /// The epoch in which writes are counted now.
+    pub fn epoch(&self) -> Epoch {
+        self.epochs.current()
+    }
+
+    /// Ends the epoch; what was written until now is in it or before.
+    pub fn close_epoch(&mut self) -> Epoch {
+        self.epochs.close()
+    }
+
+    /// Whether all of the epoch and before is written back.
+    pub fn is_written(&self, epoch: Epoch) -> bool {
+        self.epochs.is_written(epoch)
+    }
+
+    /// Whether all of the epoch and before is on stable storage.
+    pub fn is_synced(&self, epoch: Epoch) -> bool {
+        self.epochs.is_synced(epoch)
+    }
+
+    /// Since when the oldest sector waits that is not on stable storage.
+    pub fn oldest(&self) -> Option<Instant> {
+        self.epochs.oldest()
+    }
+
+    /// Whether anything is not on stable storage.
+    pub fn has_unsynced(&self) -> bool {
+        self.epochs.oldest().is_some()
+    }
+
+    /// The next run to write, of at most `blocks_max` blocks: from the plan, or
+    /// from a new one if versions of epoch `until` or before are queued.
+    pub fn next_run(&mut self, until: Epoch, blocks_max: usize) -> Option<Run> {
+        loop {
+            if let Some(slot) = self.partial.take() {
+                return self.run_from(slot, blocks_max);
+            }
+            if self.plan.is_empty() && !self.epochs.is_written(until) {
+                self.make_plan();
+            }
+            let block = self.plan.pop_front()?;
+            let slot = self.find(block);
+            let Some(slot) = slot.filter(|s| self.meta[*s as usize].state == State::Planned) else {
+                continue;
+            };
+            if self.begin_writing(slot) {
+                return self.run_from(slot, blocks_max);
+            }
+        }
+    }
+
+    /// Takes the oldest of the queue, and sorts them by place. They are not
+    /// picked by their epoch: what failed, or inherited an older account, may
+    /// stand behind what is newer.
+    fn make_plan(&mut self) {
+        let mut slot = self.head;
+        let mut skipped = 0;
+        while slot != NONE && self.plan.len() < PLAN_MAX && skipped < SKIP_MAX {
+            let meta = self.meta[slot as usize];
+            if meta.waits || meta.reads {
+                skipped += 1;
+            } else {
+                self.queue_remove(slot);
+                self.meta[slot as usize].state = State::Planned;
+                self.plan.push_back(meta.block);
+            }
+            slot = meta.next;
+        }
+        self.plan.make_contiguous().sort_unstable();
+    }
+
+    /// Freezes a version for writing; `false` if something of its groups must
+    /// be read first.
+    fn begin_writing(&mut self, slot: u32) -> bool {
+        let group = self.group;
+        let meta = &mut self.meta[slot as usize];
+        let mut mask = meta.dirty;
+        if group > 1 {
+            mask = 0;
+            for (first, count) in runs(meta.dirty) {
+                let (low, high) = (
+                    first / group * group,
+                    (first + count).next_multiple_of(group),
+                );
+                mask |= super::Piece {
+                    block: 0,
+                    first: low,
+                    count: high - low,
+                    at: 0,
+                }
+                .mask();
+            }
+        }
+        if mask & !meta.valid != 0 {
+            // Back to the end of the queue until the rest has been read.
+            let block = meta.block;
+            meta.state = State::Dirty;
+            meta.reads = true;
+            self.queue_back(slot);
+            self.wanted.push(block);
+            return false;
+        }
+        meta.state = State::Writing;
+        meta.unsent = mask;
+        meta.failed = false;
+        true
+    }
+
+    /// The run that begins with the first unsent sector of a slot, and goes on
+    /// into the blocks behind it that are ready too.
+    fn run_from(&mut self, mut slot: u32, blocks_max: usize) -> Option<Run> {
+        let mut run: Option<Run> = None;
+        loop {
+            let meta = self.meta[slot as usize];
+            let (first, count) = runs(meta.unsent).next()?;
+            let piece = super::Piece {
+                block: meta.block,
+                first,
+                count,
+                at: 0,
+            };
+            let start = Lba(meta.block * self.sectors + u64::from(first));
+            let extent = Extent::new(start, u64::from(count))?;
+            let (at, len) = piece.bytes();
+            let body = self.arena.lend(slot, at, len)?;
+            let meta = &mut self.meta[slot as usize];
+            meta.unsent &= !piece.mask();
+            meta.writes += 1;
+            if meta.unsent != 0 {
+                self.partial = Some(slot);
+            }
+            let run = run.get_or_insert_with(|| Run {
+                extent: Extent::new(start, 0).unwrap_or(extent),
+                pieces: Vec::new(),
+                slots: Vec::new(),
+            });
+            run.extent = run.extent.hull(extent);
+            run.pieces.push(body);
+            run.slots.push(slot);
+            let block = piece.block + 1;
+            let to_the_end = u64::from(first + count) == self.sectors;
+            if !to_the_end || run.pieces.len() >= blocks_max {
+                break;
+            }
+            let Some(next) = self.find(block) else { break };
+            let meta = self.meta[next as usize];
+            let ready =
+                matches!(meta.state, State::Planned | State::Dirty) && !(meta.waits || meta.reads);
+            // Only what can be joined: from its first sector, without reading.
+            let whole = self.group == 1 || meta.valid.count_ones() as u64 == self.sectors;
+            if !ready || meta.dirty & 1 == 0 || !whole {
+                break;
+            }
+            if meta.state == State::Dirty {
+                self.queue_remove(next);
+            }
+            if !self.begin_writing(next) {
+                break;
+            }
+            slot = next;
+        }
+        run
+    }
+
+    /// Blocks that must be read whole before they can be written back.
+    pub fn take_wanted(&mut self) -> Vec<Extent> {
+        let sectors = self.sectors;
+        let blocks = std::mem::take(&mut self.wanted);
+        let extents = blocks
+            .into_iter()
+            .map(|block| Extent::new(Lba(block * sectors), sectors));
+        extents.flatten().collect()
+    }
+
+    /// What was wanted could not be read now; it is wanted again in its turn.
+    pub fn not_completed(&mut self, extent: Extent) {
+        for piece in self.pieces(extent) {
+            if let Some(slot) = self.find(piece.block) {
+                self.meta[slot as usize].reads = false;
+            }
+        }
+    }
+
+    /// Completes a block that is being written in parts with what the disk has
+    /// of the rest.
+    pub fn complete(&mut self, extent: Extent, data: &[u8], now: Instant) {
+        let pieces = self.pieces(extent);
+        for piece in pieces {
+            self.operation = self.operation.wrapping_add(1);
+            let Some(old) = self.find(piece.block) else {
+                continue;
+            };
+            let before = self.meta[old as usize];
+            let missing = piece.mask() & !before.valid;
+            if missing == 0 || !matches!(before.state, State::Dirty | State::Planned) {
+                continue;
+            }
+            self.meta[old as usize].guard = self.operation;
+            let Some(fresh) = self.take_slot() else {
+                continue;
+            };
+            for (first, count) in runs(before.valid) {
+                let (at, len) = super::Piece {
+                    first,
+                    count,
+                    ..piece
+                }
+                .bytes();
+                self.arena.copy(old, fresh, at, len);
+            }
+            for (first, count) in runs(missing) {
+                let (at, len) = super::Piece {
+                    first,
+                    count,
+                    ..piece
+                }
+                .bytes();
+                let from = piece.at + (first - piece.first) as usize * SECTOR as usize;
+                self.arena.write(fresh, at, &data[from..from + len]);
+            }
+            let meta = &mut self.meta[fresh as usize];
+            meta.block = piece.block;
+            meta.valid = before.valid | missing;
+            self.supersede(Some(old), fresh, before.dirty, now);
+        }
+    }
+
+    /// A write of a part of this slot has ended.
+    pub fn write_ended(&mut self, slot: u32, ok: bool, now: Instant) {
+        let meta = &mut self.meta[slot as usize];
+        meta.failed |= !ok;
+        meta.writes -= 1;
+        if meta.writes > 0 || (meta.unsent != 0 && !meta.failed) {
+            return;
+        }
+        if self.partial == Some(slot) {
+            // The rest goes again with the whole of it.
+            self.partial = None;
+        }
+        let meta = self.meta[slot as usize];
+        if meta.present {
+            if meta.failed {
+                self.meta[slot as usize].state = State::Dirty;
+                self.queue_front(slot);
+            } else {
+                self.meta[slot as usize].state = State::Written;
+                self.record(slot);
+            }
+            return;
+        }
+        // A newer version has waited for this one.
+        let newer = self.find(meta.block);
+        if let Some(newer) = newer {
+            self.meta[newer as usize].waits = false;
+        }
+        self.dirty -= 1;
+        if meta.failed {
+            // In this order: an account without versions is closed.
+            self.inherit(newer, meta.epoch, now);
+            self.epochs.remove(meta.epoch, true);
+        } else {
+            self.record(slot);
+        }
+        self.release(slot);
+    }
+
+    fn record(&mut self, slot: u32) {
+        let meta = self.meta[slot as usize];
+        self.epochs.written(meta.epoch);
+        self.written.push(Record {
+            block: meta.block,
+            slot,
+            sequence: meta.sequence,
+            epoch: meta.epoch,
+        });
+    }
+
+    /// A newer version answers for what an older one did not bring to the disk:
+    /// it holds all of it. To be called while the older one still has its
+    /// account, which closes with the last that is on it.
+    fn inherit(&mut self, newer: Option<u32>, epoch: Epoch, now: Instant) {
+        let Some(newer) = newer else { return };
+        let meta = self.meta[newer as usize];
+        if meta.state == State::Clean || meta.epoch <= epoch {
+            return;
+        }
+        let unwritten = meta.state != State::Written;
+        self.epochs.add(epoch, unwritten, now);
+        self.epochs.remove(meta.epoch, unwritten);
+        self.meta[newer as usize].epoch = epoch;
+        for record in &mut self.written {
+            if record.slot == newer && record.sequence == meta.sequence {
+                record.epoch = epoch;
+            }
+        }
+    }
+
+    /// Something was written that has no slot (a discard): the next sync covers
+    /// it.
+    pub fn record_outside(&mut self, now: Instant) -> Epoch {
+        let epoch = self.epochs.current();
+        self.epochs.add(epoch, false, now);
+        self.written.push(Record {
+            block: u64::MAX,
+            slot: NONE,
+            sequence: 0,
+            epoch,
+        });
+        epoch
+    }
+
+    /// How many versions the next sync would cover.
+    pub fn awaiting_sync(&self) -> usize {
+        self.written.len()
+    }
+
+    /// A sync begins: what it covers. What is written from now on belongs to
+    /// another epoch.
+    pub fn begin_sync(&mut self) -> Vec<Record> {
+        self.epochs.close();
+        std::mem::take(&mut self.written)
+    }
+
+    /// A sync has ended.
+    ///
+    /// After a failed one nothing that was written since the last good one is
+    /// trusted: the kernel may have dropped any of it, and says so only once.
+    /// That is what the sync covered, what was written while it ran, and what
+    /// is being written now.
+    pub fn sync_ended(&mut self, mut records: Vec<Record>, ok: bool, now: Instant) {
+        if !ok {
+            records.append(&mut self.written);
+            for meta in self
+                .meta
+                .iter_mut()
+                .filter(|meta| meta.state == State::Writing)
+            {
+                meta.failed = true;
+            }
+        }
+        for record in records {
+            let slot = if record.slot == NONE {
+                None
+            } else {
+                Some(record.slot)
+            };
+            let same = slot.filter(|slot| {
+                let meta = &self.meta[*slot as usize];
+                meta.present && meta.sequence == record.sequence && meta.state == State::Written
+            });
+            match (ok, same) {
+                (true, Some(slot)) => {
+                    self.arena.retire(slot);
+                    let meta = &mut self.meta[slot as usize];
+                    meta.dirty = 0;
+                    meta.state = State::Clean;
+                    self.dirty -= 1;
+                    // Not the record's: it may have inherited an older one.
+                    let epoch = meta.epoch;
+                    self.epochs.remove(epoch, false);
+                }
+                (true, None) => self.epochs.remove(record.epoch, false),
+                (false, Some(slot)) => {
+                    let meta = &mut self.meta[slot as usize];
+                    meta.state = State::Dirty;
+                    let epoch = meta.epoch;
+                    self.epochs.unwritten(epoch);
+                    self.queue_front(slot);
+                }
+                (false, None) if record.slot == NONE => self.written.push(record),
+                (false, None) => {
+                    let newer = self.find(record.block);
+                    self.inherit(newer, record.epoch, now);
+                    self.epochs.remove(record.epoch, false);
+                }
+            }
+        }
+    }
+
+    pub(super) fn queue_back(&mut self, slot: u32) {
+        let tail = self.tail;
+        self.link(tail, slot);
+        self.link(slot, NONE);
+    }
+
+    fn queue_front(&mut self, slot: u32) {
+        let head = self.head;
+        self.link(slot, head);
+        self.link(NONE, slot);
+    }
+
+    pub(super) fn queue_replace(&mut self, old: u32, new: u32) {
+        let (previous, next) = (
+            self.meta[old as usize].previous,
+            self.meta[old as usize].next,
+        );
+        self.link(previous, new);
+        self.link(new, next);
+    }
+
+    fn queue_remove(&mut self, slot: u32) {
+        let (previous, next) = (
+            self.meta[slot as usize].previous,
+            self.meta[slot as usize].next,
+        );
+        self.link(previous, next);
+    }
+
+    /// Makes `b` follow `a`; the ends of the queue stand for [`NONE`].
+    fn link(&mut self, a: u32, b: u32) {
+        match a {
+            NONE => self.head = b,
+            a => self.meta[a as usize].next = b,
+        }
+        match b {
+            NONE => self.tail = a,
+            b => self.meta[b as usize].previous = a,
+        }
+    }
+}
+
+#[cfg(test)]
+impl Cache {
+    /// On whose account a record is.
+    pub(super) fn epoch_of(&self, record: &Record) -> Epoch {
+        let meta = self.meta.get(record.slot as usize);
+        let same = meta.filter(|meta| {
+            meta.present && meta.sequence == record.sequence && meta.state == State::Written
+        });
+        same.map_or(record.epoch, |meta| meta.epoch)
+    }
+}

@@ -1,0 +1,395 @@
+//! Reads: from the cache, from the page cache, by fills; and reading ahead.
+
+use std::time::Instant;
+
+use shadow::{Extent, Lba, SECTOR};
+
+use super::{Job, Read, Refused, Token, Under, Volume};
+use crate::sys::buffer::{Body, Buf, BufSlice};
+
+/// Bytes of one step of reading ahead.
+pub(super) const AHEAD_STEP: usize = 256 << 10;
+/// Steps of reading ahead that may be under way.
+const AHEAD_MAX: usize = 8;
+/// Reads in a row, each behind the one before, that make a sequential reader.
+const SEQUENTIAL: u32 = 3;
+
+/// A read of the disk into the cache.
+#[derive(Debug)]
+pub(super) struct Fill {
+    span: Extent,
+    waiters: Vec<(Token, Extent)>,
+    /// Whether the cache is to keep what comes.
+    keep: bool,
+    /// Whether it completes blocks that are to be written back whole.
+    completes: bool,
+    /// Whether a write came meanwhile: what is read may be older than it.
+    stale: bool,
+    /// Blocks that were here when it began, held until it ends: written back and
+    /// driven out in between, they would be missed in what was read before.
+    held: Vec<u64>,
+}
+
+/// A sequential reader, or what may become one.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Stream {
+    who: u64,
+    next: u64,
+    length: u32,
+    /// Read ahead up to here.
+    ahead: u64,
+}
+
+impl Volume {
+    /// Reads sectors, at once if they are in memory; else the request is given
+    /// a token. `extent` is within the bounds and not empty; `who` tells one
+    /// reader from another.
+    pub fn read(
+        &mut self,
+        now: Instant,
+        token: impl FnOnce() -> Option<Token>,
+        who: u64,
+        extent: Extent,
+    ) -> Result<Read, Refused> {
+        self.last_request = now;
+        let extent = self.absolute(extent);
+        let result = self.read_absolute(token, extent);
+        self.follow(who, extent);
+        result
+    }
+
+    pub(super) fn read_absolute(
+        &mut self,
+        token: impl FnOnce() -> Option<Token>,
+        extent: Extent,
+    ) -> Result<Read, Refused> {
+        if self.discarding.excludes(extent) {
+            let token = token().ok_or(Refused::NoRoom)?;
+            self.held_reads.push_back((token, extent));
+            return Ok(Read::Parked);
+        }
+        if let Some(body) = self.cache.hit(extent) {
+            return Ok(Read::Ready(body));
+        }
+        let len = extent.byte_len() as usize;
+        let all_here = self.cache.covers(extent);
+        if all_here || !self.options.direct {
+            let mut buf = self.bufs.take().ok_or(Refused::NoRoom)?;
+            let range = if all_here {
+                Some(0..len)
+            } else {
+                self.try_now(extent, &mut buf)
+            };
+            if let Some(range) = range {
+                let mut slice = BufSlice { buf, range };
+                self.cache.overlay(extent, &mut slice);
+                return Ok(Read::Ready(Body::Buf(slice)));
+            }
+            self.bufs.put(buf);
+        }
+        self.read_later(token, extent)
+    }
+
+    /// Reads from the page cache if that needs no waiting; says where in `buf`
+    /// the data is. A block that was missed lately too is read whole and kept.
+    fn try_now(&mut self, extent: Extent, buf: &mut [u8]) -> Option<std::ops::Range<usize>> {
+        let block = self.cache.blocks_around(extent);
+        let one = block.byte_len() as usize == self.cache.arena().block();
+        if one && self.cache.is_wanted_again(extent) && self.is_within(block) {
+            let whole = &mut buf[..block.byte_len() as usize];
+            if self.disk.try_now(whole, block.byte_start()) {
+                self.cache.keep(block, whole);
+                let at = (extent.byte_start() - block.byte_start()) as usize;
+                return Some(at..at + extent.byte_len() as usize);
+            }
+            return None;
+        }
+        let range = 0..extent.byte_len() as usize;
+        self.disk
+            .try_now(&mut buf[range.clone()], extent.byte_start())
+            .then_some(range)
+    }
+
+    fn is_within(&self, extent: Extent) -> bool {
+        let start = self.bounds.start / SECTOR;
+        extent.start().0 >= start && extent.end().0 <= start + self.bounds.sectors
+    }
+
+    fn read_later(
+        &mut self,
+        token: impl FnOnce() -> Option<Token>,
+        extent: Extent,
+    ) -> Result<Read, Refused> {
+        // A fill under way that brings it anyway; not one that a write has
+        // overtaken, which could be that of this reader.
+        for id in &self.fills {
+            if let Some(Under::Fill(fill)) = &mut self.under[*id as usize] {
+                let inside = fill.span.start() <= extent.start() && extent.end() <= fill.span.end();
+                if inside && !fill.stale {
+                    fill.waiters.push((token().ok_or(Refused::NoRoom)?, extent));
+                    return Ok(Read::Parked);
+                }
+            }
+        }
+        if self.free.is_empty() {
+            return Err(Refused::NoRoom);
+        }
+        let span = if self.options.direct {
+            self.clip(extent)
+        } else {
+            extent
+        };
+        let buf = self.buffer_for(span)?;
+        let Some(token) = token() else {
+            self.give_back(buf);
+            return Err(Refused::NoRoom);
+        };
+        let waiters = vec![(token, extent)];
+        let keep = self.options.direct;
+        self.fill(
+            Fill {
+                span,
+                waiters,
+                keep,
+                completes: false,
+                stale: false,
+                held: Vec::new(),
+            },
+            buf,
+        )?;
+        Ok(Read::Parked)
+    }
+
+    /// The whole blocks around an extent, as far as they are in the window.
+    fn clip(&self, extent: Extent) -> Extent {
+        let blocks = self.cache.blocks_around(extent);
+        let first = self.bounds.start / SECTOR;
+        let start = blocks.start().0.max(first);
+        let end = blocks.end().0.min(first + self.bounds.sectors);
+        Extent::new(Lba(start), end.saturating_sub(start)).unwrap_or(extent)
+    }
+
+    fn buffer_for(&mut self, span: Extent) -> Result<Buf, Refused> {
+        let len = span.byte_len() as usize;
+        let small = len + 2 * self.options.align <= self.bufs.len;
+        let buf = if small {
+            self.bufs.take()
+        } else {
+            self.big_bufs.take()
+        };
+        buf.ok_or(Refused::NoRoom)
+    }
+
+    /// Starts a fill.
+    fn fill(&mut self, mut fill: Fill, buf: Buf) -> Result<(), Refused> {
+        if self.free.is_empty() {
+            self.give_back(buf);
+            return Err(Refused::NoRoom);
+        }
+        fill.held = self.cache.hold(fill.span);
+        let len = fill.span.byte_len() as usize;
+        let job = Job::Read {
+            at: fill.span.byte_start(),
+            len,
+            buf,
+        };
+        let id = self.submit(Under::Fill(fill), job)?;
+        self.fills.push(id);
+        Ok(())
+    }
+
+    /// Reads blocks whole that are to be written back whole.
+    pub(super) fn fill_wanted(&mut self) {
+        for span in self.cache.take_wanted() {
+            let fill = Fill {
+                span,
+                waiters: Vec::new(),
+                keep: false,
+                completes: true,
+                stale: false,
+                held: Vec::new(),
+            };
+            let begun = self.buffer_for(span).and_then(|buf| self.fill(fill, buf));
+            if begun.is_err() {
+                self.cache.not_completed(span);
+            }
+        }
+    }
+
+    /// A write came: fills under way may bring what was there before it.
+    pub(super) fn overtake_fills(&mut self, extent: Extent) {
+        for id in &self.fills {
+            if let Some(Under::Fill(fill)) = &mut self.under[*id as usize] {
+                fill.stale |= fill.span.overlaps(extent);
+            }
+        }
+    }
+
+    /// Whether a fill is bringing something of an extent.
+    pub(super) fn is_filling(&self, extent: Extent) -> bool {
+        self.fills.iter().any(|id| {
+            matches!(&self.under[*id as usize], Some(Under::Fill(f)) if f.span.overlaps(extent))
+        })
+    }
+
+    pub(super) fn fill_ended(&mut self, fill: Fill, data: Option<BufSlice>, now: Instant) {
+        let Some(mut data) = data else {
+            self.cache.unhold(&fill.held);
+            for (token, extent) in fill.waiters {
+                self.failed_read(token, extent);
+            }
+            if fill.completes {
+                self.cache.not_completed(fill.span);
+                self.failed(now);
+            }
+            return;
+        };
+        if fill.completes {
+            self.cache.complete(fill.span, &data, now);
+            self.cache.not_completed(fill.span);
+        }
+        if fill.keep && !fill.stale {
+            self.cache.keep(fill.span, &data);
+        }
+        let mut waiters = fill.waiters.into_iter();
+        let last = waiters.next_back();
+        let place = |extent: Extent| {
+            let at = (extent.byte_start() - fill.span.byte_start()) as usize;
+            at..at + extent.byte_len() as usize
+        };
+        for (token, extent) in waiters {
+            let slice = &mut data[place(extent)];
+            self.cache.overlay(extent, slice);
+            let copy = self.bufs.take().map(|mut buf| {
+                buf[..slice.len()].copy_from_slice(slice);
+                Body::Buf(BufSlice {
+                    buf,
+                    range: 0..slice.len(),
+                })
+            });
+            let ok = copy.is_some();
+            self.complete(token, copy, ok);
+        }
+        match last {
+            Some((token, extent)) => {
+                let range = place(extent);
+                self.cache.overlay(extent, &mut data[range.clone()]);
+                let start = data.range.start;
+                data.range = start + range.start..start + range.end;
+                self.complete(token, Some(Body::Buf(data)), true);
+            }
+            None => self.give_back(data.buf),
+        }
+        self.cache.unhold(&fill.held);
+    }
+
+    /// The disk could not read; what was written meanwhile may still be here.
+    fn failed_read(&mut self, token: Token, extent: Extent) {
+        let mut body = None;
+        if self.cache.covers(extent) {
+            if let Some(buf) = self.bufs.take() {
+                let mut slice = BufSlice {
+                    buf,
+                    range: 0..extent.byte_len() as usize,
+                };
+                self.cache.overlay(extent, &mut slice);
+                body = Some(Body::Buf(slice));
+            }
+        }
+        let ok = body.is_some();
+        self.complete(token, body, ok);
+    }
+
+    /// Whether sectors can be read: from the disk, unless the cache has them.
+    pub fn verify(
+        &mut self,
+        now: Instant,
+        token: impl FnOnce() -> Option<Token>,
+        extent: Extent,
+    ) -> Result<(), Refused> {
+        self.last_request = now;
+        let extent = self.absolute(extent);
+        let all_here = self.cache.covers(extent);
+        if !all_here && self.free.is_empty() {
+            return Err(Refused::NoRoom);
+        }
+        let token = token().ok_or(Refused::NoRoom)?;
+        if all_here {
+            self.complete(token, None, true);
+            return Ok(());
+        }
+        let job = Job::Verify {
+            at: extent.byte_start(),
+            len: extent.byte_len() as usize,
+        };
+        self.submit(Under::Verify(token), job)?;
+        self.verifying += 1;
+        Ok(())
+    }
+
+    /// Follows a reader, and reads ahead of it if it goes on in a row.
+    fn follow(&mut self, who: u64, extent: Extent) {
+        let (start, end) = (extent.start().0, extent.end().0);
+        let known = self
+            .streams
+            .iter()
+            .position(|s| s.who == who && s.next == start);
+        let Some(index) = known else {
+            let stream = Stream {
+                who,
+                next: end,
+                length: 1,
+                ahead: 0,
+            };
+            self.streams[self.stream_next] = stream;
+            self.stream_next = (self.stream_next + 1) % self.streams.len();
+            return;
+        };
+        let window = self.options.read_ahead / SECTOR;
+        let limit = self.bounds.start / SECTOR + self.bounds.sectors;
+        let stream = &mut self.streams[index];
+        stream.next = end;
+        stream.length = stream.length.saturating_add(1);
+        if stream.length < SEQUENTIAL || window == 0 {
+            return;
+        }
+        // In whole steps, so that what is read ahead is read in large pieces.
+        let step = AHEAD_STEP as u64 / SECTOR;
+        let mut ahead = stream.ahead.max(end.next_multiple_of(8));
+        let mut steps = Vec::new();
+        while ahead < end + window && ahead + step <= limit && steps.len() < AHEAD_MAX {
+            steps.push(ahead);
+            ahead += step;
+        }
+        stream.ahead = ahead;
+        for start in steps {
+            self.read_ahead(Extent::new(Lba(start), step));
+        }
+    }
+
+    fn read_ahead(&mut self, span: Option<Extent>) {
+        let Some(span) = span else { return };
+        if self.options.direct {
+            let busy = self.fills.len() >= super::PARKED_MAX / 2;
+            if !busy && !self.discarding.excludes(span) && !self.cache.covers(span) {
+                let waiters = Vec::new();
+                let fill = Fill {
+                    span,
+                    waiters,
+                    keep: true,
+                    completes: false,
+                    stale: false,
+                    held: Vec::new(),
+                };
+                // Only a favour: without room there is none.
+                let _ = self.buffer_for(span).and_then(|buf| self.fill(fill, buf));
+            }
+        } else {
+            let job = Job::Prefetch {
+                at: span.byte_start(),
+                len: span.byte_len(),
+            };
+            let _ = self.submit(Under::Prefetch, job);
+        }
+    }
+}
