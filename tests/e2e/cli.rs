@@ -505,6 +505,8 @@ fn in_slot(lab: &Lab, store: &Store, slot: &str, options: &[&str]) -> Spawn {
         .arg(store.image())
         .arg("--state-dir")
         .arg(store.state())
+        .arg("--run-dir")
+        .arg(store.run())
         .args(options.iter().copied())
 }
 

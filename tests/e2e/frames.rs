@@ -407,6 +407,8 @@ fn numbers_past_their_range_are_refused_and_not_wrapped() {
             .arg(store.image())
             .arg("--state-dir")
             .arg(store.state())
+            .arg("--run-dir")
+            .arg(store.run())
             .start()
             .unwrap();
         let status = process.wait(Deadline::seconds(20)).unwrap();

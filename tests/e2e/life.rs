@@ -318,6 +318,8 @@ fn with_streams(lab: &Lab, store: &Store, out: impl AsFd, err: impl AsFd) -> Kil
         .arg(store.image())
         .arg("--state-dir")
         .arg(store.state())
+        .arg("--run-dir")
+        .arg(store.run())
         .args(["-vv"])
         .stdout(out.as_fd().try_clone_to_owned().unwrap())
         .stderr(err.as_fd().try_clone_to_owned().unwrap());
@@ -371,6 +373,8 @@ fn streams_that_were_closed_from_the_start_are_not_mistaken_for_the_image() {
         .arg(store.image())
         .arg("--state-dir")
         .arg(store.state())
+        .arg("--run-dir")
+        .arg(store.run())
         .start()
         .unwrap();
     let mut client = lab.client(0);
@@ -565,6 +569,8 @@ fn the_journal_is_recognised_by_its_stream() {
             .arg(store.image())
             .arg("--state-dir")
             .arg(store.state())
+            .arg("--run-dir")
+            .arg(store.run())
             .args(option.map(|to| format!("--log={to}")))
             .env("JOURNAL_STREAM", format!("{}:{inode}", metadata.dev()))
             .stdout(std::process::Stdio::null())
@@ -588,6 +594,8 @@ fn with_syslog(lab: &Lab, store: &Store, dev: &PrivateDev) -> Process {
         .arg(store.image())
         .arg("--state-dir")
         .arg(store.state())
+        .arg("--run-dir")
+        .arg(store.run())
         .start()
         .unwrap();
     target.wait_for_line(": e1.1, ", soon()).unwrap();
@@ -661,8 +669,9 @@ fn a_disk_that_hangs_does_not_keep_the_process() {
     for twice in [false, true] {
         let (lab, store) = (Lab::new(1, 1500), Store::new(IMAGE));
         let patience = if twice { 60 } else { 1 };
-        let setting = format!("stop_patience={patience}");
-        let mut target = serve(&lab.host, &store, &["tgt0"], &["--set", &setting]);
+        let setting = format!("io_patience={patience}");
+        let options = ["--set", &setting, "--set", "disk_engine=threads"];
+        let mut target = serve(&lab.host, &store, &["tgt0"], &options);
         let mut client = lab.client(0);
         client.write(1, &[1; SECTOR]).unwrap();
         let hang = trouble(
@@ -862,6 +871,8 @@ fn an_ordinary_user_serves_with_cap_net_raw_alone() {
         .arg(store.image())
         .arg("--state-dir")
         .arg(store.state())
+        .arg("--run-dir")
+        .arg(store.run())
         .start()
         .unwrap();
     target.wait_for_line(": e1.1, ", soon()).unwrap();
@@ -891,6 +902,8 @@ fn aoeded_whose_process_dies_in_the_start_says_so() {
         .arg(store.image())
         .arg("--state-dir")
         .arg(store.state())
+        .arg("--run-dir")
+        .arg(store.run())
         .start()
         .unwrap();
     let pid = parent.pid();

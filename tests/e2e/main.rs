@@ -8,11 +8,14 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 mod admin;
+mod arena;
 mod cli;
 mod devices;
+mod faults;
 mod floors;
 mod frames;
 mod hostile;
+mod kills;
 mod life;
 mod nics;
 mod rig;

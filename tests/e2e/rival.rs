@@ -85,6 +85,8 @@ fn a_target_of_our_own_at_the_other_end_is_found_and_we_refuse() {
         .arg(ours.image())
         .arg("--state-dir")
         .arg(ours.state())
+        .arg("--run-dir")
+        .arg(ours.run())
         .start()
         .unwrap();
     elsewhere.wait_for_line(": e1.2, ", soon()).unwrap();
@@ -287,6 +289,8 @@ fn the_shelf_that_linux_ignores_is_warned_about() {
         .arg(store.image())
         .arg("--state-dir")
         .arg(store.state())
+        .arg("--run-dir")
+        .arg(store.run())
         .start()
         .unwrap();
     target.wait_for_line(": e4095.1, ", soon()).unwrap();

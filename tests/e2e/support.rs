@@ -1,5 +1,6 @@
 //! A target with its image and its wire, for tests.
 
+use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 
 use initiator::client::Client;
@@ -11,9 +12,11 @@ pub const AOEDE: &str = env!("CARGO_BIN_EXE_aoede");
 /// The `aoeded` that cargo built for these tests.
 pub const AOEDED: &str = env!("CARGO_BIN_EXE_aoeded");
 
-/// A folder with an image and a state directory.
+/// A folder with an image and a state directory, and one in memory for the
+/// cache.
 pub struct Store {
     dir: TempDir,
+    run: TempDir,
 }
 
 impl Store {
@@ -21,6 +24,7 @@ impl Store {
     pub fn new(sectors: u64) -> Store {
         let store = Store {
             dir: tempfile::tempdir().unwrap(),
+            run: in_memory(),
         };
         let image = std::fs::File::create(store.image()).unwrap();
         image.set_len(sectors * 512).unwrap();
@@ -42,6 +46,30 @@ impl Store {
         self.dir.path().join("state")
     }
 
+    /// The files in it that keep what hosts have set.
+    pub fn saved_states(&self) -> Vec<PathBuf> {
+        let list = std::fs::read_dir(self.state()).into_iter().flatten();
+        let paths = list.map(|entry| entry.unwrap().path());
+        paths
+            .filter(|path| !path.to_string_lossy().ends_with(".arena.toml"))
+            .collect()
+    }
+
+    /// The run directory, where the cache's memory is.
+    pub fn run(&self) -> &Path {
+        self.run.path()
+    }
+
+    /// The arena that is in the run directory, the only one.
+    pub fn arena(&self) -> PathBuf {
+        only(self.run(), ".arena")
+    }
+
+    /// The record of it.
+    pub fn record(&self) -> PathBuf {
+        only(&self.state(), ".arena.toml")
+    }
+
     /// The bytes of `count` sectors of the image file.
     pub fn sectors(&self, lba: usize, count: usize) -> Vec<u8> {
         let bytes = std::fs::read(self.image()).unwrap();
@@ -49,12 +77,46 @@ impl Store {
     }
 }
 
+/// A folder in memory, where there is a place for one.
+pub fn in_memory() -> TempDir {
+    let shared = Path::new("/dev/shm");
+    if shared.is_dir() {
+        tempfile::tempdir_in(shared).unwrap()
+    } else {
+        tempfile::tempdir().unwrap()
+    }
+}
+
+/// The files of a folder whose names end so; none if there is no folder.
+pub fn files(dir: &Path, end: &str) -> Vec<PathBuf> {
+    let entries = std::fs::read_dir(dir).into_iter().flatten();
+    let paths = entries.map(|entry| entry.unwrap().path());
+    paths
+        .filter(|path| path.to_string_lossy().ends_with(end))
+        .collect()
+}
+
+fn only(dir: &Path, end: &str) -> PathBuf {
+    match &files(dir, end)[..] {
+        [path] => path.clone(),
+        other => panic!("{other:?} instead of one '{end}'"),
+    }
+}
+
 /// A command line for `aoede` as e1.1 on these interfaces: options, positions,
-/// image, state directory.
+/// image, state and run directory.
 pub fn command(namespace: &Namespace, store: &Store, nics: &[&str], options: &[&str]) -> Spawn {
+    let run = [OsStr::new("--run-dir"), store.run().as_os_str()];
+    // A test may have its own.
+    let run = if options.contains(&"--run-dir") {
+        &[][..]
+    } else {
+        &run
+    };
     Spawn::new(AOEDE)
         .inside(namespace)
         .dir(store.path())
+        .args(run)
         .args(options.iter().copied())
         .args(["1", "1"])
         .args(nics.iter().copied())

@@ -96,6 +96,8 @@ pub struct Plan {
     pub new_tag: bool,
     /// When a request without an answer ends the run.
     pub give_up: Duration,
+    /// How long answers may take once the run was stopped from outside.
+    pub last_answers: Duration,
     /// What tags are to the target.
     pub tags: Tags,
     /// A FLUSH in place of every so manieth operation.
@@ -123,6 +125,7 @@ impl Default for Plan {
             resend: Duration::from_millis(100),
             new_tag: false,
             give_up: Duration::from_secs(10),
+            last_answers: Duration::from_secs(1),
             tags: Tags::Plain,
             flush_every: None,
             spin: false,

@@ -19,8 +19,6 @@ use crate::port::Port;
 const FRAMES_MAX: usize = 8192;
 /// How long replies to copies that nobody needs may take to come.
 const LAST_COPIES: Duration = Duration::from_millis(100);
-/// How long answers may take once a run was stopped from outside.
-const STOPPED: Duration = Duration::from_secs(1);
 /// How often at least and at most to look whether a frame is to be sent again.
 const TICK: (Duration, Duration) = (Duration::from_micros(500), Duration::from_millis(50));
 /// How far tags may run ahead of the oldest frame on its way: less than half a
@@ -193,7 +191,7 @@ impl<'a> Run<'a> {
             begin &= self.plan.operations.is_none_or(|n| self.begun < n)
                 && self.plan.duration.is_none_or(|d| now - start < d);
             if (passes % 64 == 0 || now >= next_tick) && until.is_none() && stop() {
-                until = Some(now + STOPPED);
+                until = Some(now + self.plan.last_answers);
             }
             begin &= until.is_none();
             while begin && !self.free_operations.is_empty() && !self.is_ahead() {

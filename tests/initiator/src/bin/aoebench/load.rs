@@ -154,6 +154,7 @@ pub(crate) fn run(arguments: &Arguments, stop: &AtomicBool) -> Result<()> {
         resend: Duration::from_millis(a.resend.max(1)),
         new_tag: a.new_tag,
         give_up: Duration::from_secs(a.give_up),
+        last_answers: Plan::default().last_answers,
         tags: if a.tag_inc {
             Tags::CountBe
         } else {

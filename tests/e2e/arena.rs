@@ -1,0 +1,801 @@
+//! What a process that was killed has left: brought to the image before anyone
+//! is answered, or refused with a remedy, and never silently passed over.
+
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime};
+
+use initiator::client::Client;
+use initiator::lab::{self, Deadline, Namespace, Need, Process, Spawn};
+use nix::sys::signal::Signal;
+use tempfile::TempDir;
+
+use crate::rig::QUICK;
+use crate::support::{AOEDE, Store, Wire, command, files, in_memory, serve, stop};
+
+/// What is dirty stays so until someone asks or the process ends.
+const HELD: [&str; 4] = [
+    "--set",
+    "idle_flush=600000",
+    "--set",
+    "max_dirty_age=600000",
+];
+/// A cache that is quickly made.
+const LITTLE: [&str; 2] = ["--set", "cache_size=1M"];
+
+/// A wire and an image of 4096 sectors, with a target now and then.
+struct Bed {
+    wire: Wire,
+    store: Store,
+}
+
+impl Bed {
+    fn new() -> Bed {
+        Bed {
+            wire: Wire::new(1500),
+            store: Store::new(4096),
+        }
+    }
+
+    fn options<'a>(extra: &[&'a str]) -> Vec<&'a str> {
+        [&QUICK[..], &HELD, &LITTLE, extra].concat()
+    }
+
+    fn start(&self, extra: &[&str]) -> Process {
+        serve(
+            &self.wire.host,
+            &self.store,
+            &["tgt0"],
+            &Bed::options(extra),
+        )
+    }
+
+    /// A start that must be refused; what it said.
+    #[track_caller]
+    fn refused(&self, extra: &[&str]) -> String {
+        let command = command(
+            &self.wire.host,
+            &self.store,
+            &["tgt0"],
+            &Bed::options(extra),
+        );
+        refused(command)
+    }
+
+    /// Writes 40 sectors at 1000, and is killed before the image has them.
+    fn die(&self, extra: &[&str]) {
+        let mut target = self.start(extra);
+        self.wire.client().write_many(1000, &data(40)).unwrap();
+        target.kill().unwrap();
+        assert!(self.untouched(), "written back already");
+    }
+
+    fn untouched(&self) -> bool {
+        let bytes = fs::read(self.store.image()).unwrap();
+        bytes.iter().all(|byte| *byte == 0)
+    }
+
+    /// Asserts that the image has what was acknowledged, before anyone asks.
+    #[track_caller]
+    fn whole(&self) {
+        assert!(self.store.sectors(1000, 40) == data(40), "writes are lost");
+        assert!(self.store.sectors(0, 1000).iter().all(|byte| *byte == 0));
+        assert!(self.store.sectors(1040, 1000).iter().all(|byte| *byte == 0));
+    }
+
+    /// A start that brings the 40 sectors to the image, and an orderly stop.
+    #[track_caller]
+    fn replays(&self, extra: &[&str]) {
+        let mut target = self.start(extra);
+        self.whole();
+        assert_eq!(self.wire.client().read_many(1000, 40).unwrap(), data(40));
+        let output = said(&mut target, "40 acknowledged sectors (20 KiB)");
+        assert!(output.contains("brought to the image"), "{output}");
+        stop(target);
+        self.whole();
+        self.nothing_left();
+    }
+
+    /// A start that is refused, changes nothing, and goes on when told to give
+    /// up.
+    #[track_caller]
+    fn is_given_up_only_when_told(&self, why: &str) {
+        let before = fs::read(self.store.image()).unwrap();
+        for _ in 0..2 {
+            let said = self.refused(&[]);
+            assert!(said.contains(why), "no '{why}' in: {said}");
+            assert!(said.contains("--discard-arena"), "no remedy in: {said}");
+        }
+        let target = self.start(&["--discard-arena"]);
+        assert!(
+            fs::read(self.store.image()).unwrap() == before,
+            "the image was written"
+        );
+        let said = stop(target).join("\n");
+        assert!(said.contains("given up, as told"), "{said}");
+        self.nothing_left();
+    }
+
+    #[track_caller]
+    fn nothing_left(&self) {
+        assert_eq!(files(self.store.run(), ""), [] as [PathBuf; 0]);
+        assert_eq!(
+            files(&self.store.state(), ".arena.toml"),
+            [] as [PathBuf; 0]
+        );
+    }
+}
+
+fn data(sectors: usize) -> Vec<u8> {
+    (0..sectors * 512).map(|i| (i / 3) as u8 | 1).collect()
+}
+
+#[track_caller]
+fn refused(command: Spawn) -> String {
+    let mut process = command.start().unwrap();
+    let status = process.wait(Deadline::seconds(20)).unwrap();
+    let said = process.output().join("\n");
+    assert_eq!(status.code(), Some(1), "{said}");
+    said
+}
+
+#[track_caller]
+fn said(process: &mut Process, what: &str) -> String {
+    let output = process.output().join("\n");
+    assert!(output.contains(what), "no '{what}' in: {output}");
+    output
+}
+
+/// Words of an arena's file.
+struct Words(File);
+
+impl Words {
+    fn of(path: &Path) -> Words {
+        let file = File::options().read(true).write(true).open(path).unwrap();
+        Words(file)
+    }
+
+    fn get(&self, index: u64) -> u64 {
+        let mut bytes = [0; 8];
+        self.0.read_exact_at(&mut bytes, index * 8).unwrap();
+        u64::from_le_bytes(bytes)
+    }
+
+    fn set(&self, index: u64, value: u64) {
+        self.0
+            .write_all_at(&value.to_le_bytes(), index * 8)
+            .unwrap();
+    }
+
+    /// Makes the header's checksum right for what stands there.
+    fn seal(&self) {
+        let crc = crc::Crc::<u64>::new(&crc::CRC_64_XZ);
+        let mut digest = crc.digest();
+        for index in 0..10 {
+            digest.update(&self.get(index).to_le_bytes());
+        }
+        self.set(10, digest.finalize());
+    }
+}
+
+#[test]
+fn what_was_acknowledged_is_on_the_image_before_the_first_answer() {
+    if !lab::require("replay after kill -9", &[Need::Network]) {
+        return;
+    }
+    let bed = Bed::new();
+    bed.die(&[]);
+    // Killed again right after it has begun to serve: once is enough, and more
+    // does no harm.
+    let mut target = bed.start(&[]);
+    bed.whole();
+    target.kill().unwrap();
+    let mut target = bed.start(&[]);
+    bed.whole();
+    assert!(!target.output().join("\n").contains("acknowledged sectors"));
+    // A version over a version, in part.
+    let mut client = bed.wire.client();
+    client.write_many(1000, &vec![9; 40 * 512]).unwrap();
+    client.flush().unwrap();
+    client.write_many(1000, &data(40)[..39 * 512]).unwrap();
+    client.write_many(1039, &data(40)[39 * 512..]).unwrap();
+    target.kill().unwrap();
+    bed.replays(&[]);
+}
+
+#[test]
+fn an_orderly_stop_leaves_no_arena_and_no_record() {
+    if !lab::require("orderly stop", &[Need::Network]) {
+        return;
+    }
+    let bed = Bed::new();
+    let target = bed.start(&[]);
+    let _both = (bed.store.arena(), bed.store.record());
+    bed.wire.client().write_many(1000, &data(40)).unwrap();
+    stop(target);
+    bed.whole();
+    bed.nothing_left();
+    // Nor does one that only reads, which needs none.
+    let target = bed.start(&["-r"]);
+    bed.nothing_left();
+    stop(target);
+    // Giving up where there is nothing is harmless.
+    stop(bed.start(&["--discard-arena"]));
+    bed.whole();
+    bed.nothing_left();
+}
+
+#[test]
+fn giving_up_does_not_touch_an_arena_that_is_good() {
+    if !lab::require("--discard-arena with a good arena", &[Need::Network]) {
+        return;
+    }
+    let bed = Bed::new();
+    bed.die(&[]);
+    bed.replays(&["--discard-arena"]);
+}
+
+#[test]
+fn an_arena_of_another_image_is_refused() {
+    if !lab::require("arena of another image", &[Need::Network]) {
+        return;
+    }
+    let (bed, other) = (Bed::new(), Bed::new());
+    bed.die(&[]);
+    other.die(&[]);
+    fs::copy(other.store.arena(), bed.store.arena()).unwrap();
+    bed.is_given_up_only_when_told("belongs to another image");
+    assert!(bed.untouched() && other.untouched());
+    other.replays(&[]);
+}
+
+#[test]
+fn a_damaged_arena_is_refused() {
+    if !lab::require("damaged arena", &[Need::Network]) {
+        return;
+    }
+    let bed = Bed::new();
+    type Damage = (&'static str, fn(&Path));
+    let damages: [Damage; 5] = [
+        ("no arena at all", |path| Words::of(path).set(0, 1)),
+        ("fails its checksum", |path| Words::of(path).set(8, 7)),
+        ("its length", |path| {
+            Words::of(path).0.set_len(8192).unwrap()
+        }),
+        ("shorter than its header", |path| {
+            Words::of(path).0.set_len(5).unwrap()
+        }),
+        // A slot that counts, and for nothing.
+        ("means nothing", |path| {
+            let words = Words::of(path);
+            let slot = (0..256).map(|n| 64 + 8 * n).find(|at| words.get(*at) > 0);
+            words.set(slot.unwrap() + 2, 0);
+        }),
+    ];
+    for (why, damage) in damages {
+        bed.die(&[]);
+        damage(&bed.store.arena());
+        bed.is_given_up_only_when_told(why);
+        assert!(bed.untouched());
+    }
+}
+
+#[test]
+fn an_arena_of_an_unknown_version_is_refused() {
+    if !lab::require("arena of an unknown version", &[Need::Network]) {
+        return;
+    }
+    let bed = Bed::new();
+    bed.die(&[]);
+    let words = Words::of(&bed.store.arena());
+    words.set(1, words.get(1) + 98);
+    bed.is_given_up_only_when_told("format 99 is not known here");
+    assert!(bed.untouched());
+}
+
+/// Makes arena and record those of another boot.
+fn reboot(bed: &Bed) {
+    let words = Words::of(&bed.store.arena());
+    let boot = words.get(3);
+    words.set(3, boot ^ 1);
+    words.seal();
+    let record = fs::read_to_string(bed.store.record()).unwrap();
+    let forged = record.replace(&format!("{boot:016x}"), &format!("{:016x}", boot ^ 1));
+    assert_ne!(record, forged);
+    fs::write(bed.store.record(), forged).unwrap();
+}
+
+#[test]
+fn an_arena_of_another_boot_is_set_aside_and_never_replayed() {
+    if !lab::require("arena of another boot", &[Need::Network]) {
+        return;
+    }
+    let bed = Bed::new();
+    bed.die(&[]);
+    reboot(&bed);
+    let mut target = bed.start(&[]);
+    let output = said(&mut target, "40 sectors");
+    assert_eq!(
+        output.matches("the machine went down").count(),
+        1,
+        "{output}"
+    );
+    assert!(bed.untouched());
+    assert_eq!(files(bed.store.run(), ".arena.old").len(), 1);
+    stop(target);
+    assert!(bed.untouched());
+    // The memory is gone, as it is after a real one.
+    fs::remove_file(&files(bed.store.run(), ".arena.old")[0]).unwrap();
+    bed.die(&[]);
+    reboot(&bed);
+    fs::remove_file(bed.store.arena()).unwrap();
+    let mut target = bed.start(&[]);
+    let output = said(&mut target, "may be missing");
+    assert_eq!(
+        output.matches("the machine went down").count(),
+        1,
+        "{output}"
+    );
+    stop(target);
+    assert!(bed.untouched());
+    bed.nothing_left();
+}
+
+#[test]
+fn an_image_that_someone_else_changed_is_not_written_over() {
+    if !lab::require("image changed meanwhile", &[Need::Network]) {
+        return;
+    }
+    let bed = Bed::new();
+    bed.die(&[]);
+    let image = File::options().write(true).open(bed.store.image()).unwrap();
+    image.write_all_at(b"newer", 1000 * 512).unwrap();
+    // As if it had been some time later.
+    let later = SystemTime::now() + Duration::from_secs(5);
+    image.set_modified(later).unwrap();
+    bed.is_given_up_only_when_told("changed by someone else");
+    assert!(bed.store.sectors(1000, 1).starts_with(b"newer"));
+}
+
+#[test]
+fn an_image_that_shrank_is_refused_until_its_size_is_back() {
+    if !lab::require("image shrunk meanwhile", &[Need::Network]) {
+        return;
+    }
+    let bed = Bed::new();
+    bed.die(&[]);
+    let image = File::options().write(true).open(bed.store.image()).unwrap();
+    let modified = image.metadata().unwrap().modified().unwrap();
+    image.set_len(1039 * 512).unwrap();
+    image.set_modified(modified).unwrap();
+    let said = bed.refused(&[]);
+    assert!(said.contains("past the end of the image"), "{said}");
+    image.set_len(4096 * 512).unwrap();
+    image.set_modified(modified).unwrap();
+    bed.replays(&[]);
+    // What is within it is not in the way.
+    image.set_len(4096 * 512).unwrap();
+    image.write_all_at(&[0; 40 * 512], 1000 * 512).unwrap();
+    bed.die(&[]);
+    let modified = image.metadata().unwrap().modified().unwrap();
+    image.set_len(2040 * 512).unwrap();
+    image.set_modified(modified).unwrap();
+    bed.replays(&[]);
+}
+
+#[test]
+fn an_arena_that_is_gone_is_refused() {
+    if !lab::require("arena removed by hand", &[Need::Network]) {
+        return;
+    }
+    let bed = Bed::new();
+    bed.die(&[]);
+    let (arena, kept) = (bed.store.arena(), bed.store.path().join("kept"));
+    fs::copy(&arena, &kept).unwrap();
+    fs::remove_file(&arena).unwrap();
+    let said = bed.refused(&[]);
+    assert!(said.contains(&*arena.to_string_lossy()), "{said}");
+    // Brought back it is as good as before.
+    fs::copy(&kept, &arena).unwrap();
+    bed.replays(&[]);
+    fs::write(bed.store.image(), vec![0; 4096 * 512]).unwrap();
+    bed.die(&[]);
+    fs::remove_file(bed.store.arena()).unwrap();
+    bed.is_given_up_only_when_told("is not there");
+    assert!(bed.untouched());
+}
+
+#[test]
+fn a_record_that_cannot_be_read_is_refused() {
+    if !lab::require("unreadable arena record", &[Need::Network]) {
+        return;
+    }
+    let bed = Bed::new();
+    bed.die(&[]);
+    let record = fs::read(bed.store.record()).unwrap();
+    for bad in [&b""[..], b"version = 2\n", &record[..record.len() / 2]] {
+        fs::write(bed.store.record(), bad).unwrap();
+        let said = bed.refused(&[]);
+        assert!(
+            said.contains(&*bed.store.record().to_string_lossy()),
+            "{said}"
+        );
+    }
+    fs::write(bed.store.record(), &record).unwrap();
+    bed.replays(&[]);
+}
+
+#[test]
+fn a_record_that_is_gone_does_not_hide_its_arena() {
+    if !lab::require("arena without a record", &[Need::Network]) {
+        return;
+    }
+    let bed = Bed::new();
+    bed.die(&[]);
+    fs::remove_file(bed.store.record()).unwrap();
+    bed.replays(&[]);
+}
+
+#[test]
+fn another_run_dir_or_another_size_of_the_cache_changes_nothing() {
+    if !lab::require("other --run-dir and cache_size", &[Need::Network]) {
+        return;
+    }
+    for size in ["cache_size=256K", "cache_size=8M"] {
+        let bed = Bed::new();
+        bed.die(&[]);
+        bed.replays(&["--set", size]);
+    }
+    let bed = Bed::new();
+    bed.die(&[]);
+    let other = in_memory();
+    let other = other.path().to_str().unwrap();
+    bed.replays(&["--run-dir", other]);
+    // And the way back, with a new one in both places meanwhile.
+    fs::write(bed.store.image(), vec![0; 4096 * 512]).unwrap();
+    bed.die(&["--run-dir", other]);
+    assert_eq!(files(bed.store.run(), ""), [] as [PathBuf; 0]);
+    bed.replays(&[]);
+    assert_eq!(files(Path::new(other), ""), [] as [PathBuf; 0]);
+}
+
+#[test]
+fn other_windows_take_what_is_theirs_and_leave_the_rest() {
+    if !lab::require("other windows at restart", &[Need::Network]) {
+        return;
+    }
+    // The whole died; parts of it are served.
+    for window in [
+        &["-o", "1000", "-l", "40"][..],
+        &["-o", "1010"],
+        &["-l", "1001"],
+        &["-o", "3000"],
+    ] {
+        let bed = Bed::new();
+        bed.die(&[]);
+        let target = bed.start(window);
+        bed.whole();
+        stop(target);
+        bed.whole();
+        bed.nothing_left();
+    }
+    // A part died; another part knows nothing of it, the whole does.
+    let bed = Bed::new();
+    let mut target = bed.start(&["-o", "900", "-l", "1000"]);
+    bed.wire.client().write_many(100, &data(40)).unwrap();
+    target.kill().unwrap();
+    let target = bed.start(&["-o", "3000"]);
+    assert!(bed.untouched());
+    bed.wire.client().write(0, &[0; 512]).unwrap();
+    stop(target);
+    assert!(bed.untouched());
+    bed.replays(&[]);
+}
+
+#[test]
+fn what_was_written_behind_the_old_end_of_a_grown_image_is_kept() {
+    if !lab::require("an image that grew", &[Need::Network]) {
+        return;
+    }
+    for restart in [&[][..], &["-o", "4090"]] {
+        let bed = Bed::new();
+        let mut target = bed.start(&[]);
+        let image = File::options().write(true).open(bed.store.image()).unwrap();
+        image.set_len(8192 * 512).unwrap();
+        target.signal(Signal::SIGHUP).unwrap();
+        target
+            .wait_for_line("8192 sectors, 4096 before", Deadline::seconds(20))
+            .unwrap();
+        bed.wire.client().write_many(5000, &data(40)).unwrap();
+        target.kill().unwrap();
+        assert!(bed.untouched());
+        let target = bed.start(restart);
+        assert!(bed.store.sectors(5000, 40) == data(40), "writes are lost");
+        stop(target);
+        bed.nothing_left();
+    }
+}
+
+#[test]
+fn a_restart_long_after_a_death_and_after_refusals_is_no_stranger() {
+    if !lab::require("a late restart", &[Need::Network]) {
+        return;
+    }
+    let bed = Bed::new();
+    bed.die(&[]);
+    // As if it had been an hour ago.
+    let hour = Duration::from_secs(3600);
+    let words = Words::of(&bed.store.arena());
+    words.set(11, words.get(11) - hour.as_nanos() as u64);
+    let image = File::options().write(true).open(bed.store.image()).unwrap();
+    let modified = image.metadata().unwrap().modified().unwrap();
+    image.set_modified(modified - hour).unwrap();
+    // A start that changes nothing is no change.
+    bed.refused(&["-r"]);
+    assert_eq!(
+        image.metadata().unwrap().modified().unwrap(),
+        modified - hour
+    );
+    bed.replays(&[]);
+}
+
+#[test]
+fn a_replay_that_was_killed_is_done_again() {
+    const KILL: [&str; 5] = ["-D", "-f", "-qq", "-e", "trace=pwrite64,fdatasync,unlink"];
+    let needs = [Need::Network, Need::Program("strace")];
+    if !lab::require("kill during a replay", &needs) {
+        return;
+    }
+    let bed = Bed::new();
+    let hour = Duration::from_secs(3600);
+    let image = File::options().write(true).open(bed.store.image()).unwrap();
+    // At the second write to the image, at its sync, before the record goes,
+    // before the arena goes.
+    for inject in [
+        "pwrite64:signal=KILL:when=2",
+        "fdatasync:signal=KILL:when=1",
+        "unlink:signal=KILL:when=1",
+        "unlink:signal=KILL:when=2",
+    ] {
+        image.write_all_at(&[0; 40 * 512], 1000 * 512).unwrap();
+        let mut target = bed.start(&[]);
+        let mut client = bed.wire.client();
+        client.write_many(1000, &data(40)[..16 * 512]).unwrap();
+        client.write_many(1020, &data(40)[20 * 512..]).unwrap();
+        target.kill().unwrap();
+        let words = Words::of(&bed.store.arena());
+        words.set(11, words.get(11) - hour.as_nanos() as u64);
+        let modified = image.metadata().unwrap().modified().unwrap();
+        image.set_modified(modified - hour).unwrap();
+        let mut killed = Spawn::new("strace")
+            .inside(&bed.wire.host)
+            .args(KILL)
+            .args(["-e", &format!("inject={inject}"), AOEDE])
+            .args(Bed::options(&[]))
+            .args(["1", "1", "tgt0"])
+            .arg(bed.store.image())
+            .arg("--state-dir")
+            .arg(bed.store.state())
+            .arg("--run-dir")
+            .arg(bed.store.run())
+            .start()
+            .unwrap();
+        let status = killed.wait(Deadline::seconds(20)).unwrap();
+        let said = killed.output().join("\n");
+        assert!(!status.success() && !said.contains("e1.1, "), "{said}");
+        let target = bed.start(&[]);
+        let expected = data(40);
+        assert!(
+            bed.store.sectors(1000, 16) == expected[..16 * 512],
+            "{inject}"
+        );
+        assert!(
+            bed.store.sectors(1020, 20) == expected[20 * 512..],
+            "{inject}"
+        );
+        stop(target);
+        bed.nothing_left();
+    }
+}
+
+#[test]
+fn a_read_only_start_does_not_pass_over_what_waits() {
+    if !lab::require("-r after a kill", &[Need::Network]) {
+        return;
+    }
+    let bed = Bed::new();
+    bed.die(&[]);
+    let said = bed.refused(&["-r"]);
+    assert!(said.contains("without -r"), "{said}");
+    assert!(bed.untouched());
+    let mut target = bed.start(&[]);
+    bed.whole();
+    // Nothing waits now, so it may be read.
+    target.kill().unwrap();
+    stop(bed.start(&["-r"]));
+    bed.whole();
+    bed.nothing_left();
+}
+
+/// An export of a window of this image as e1.`slot`.
+fn window(bed: &Bed, slot: &str, window: &[&str]) -> Process {
+    let mut process = Spawn::new(AOEDE)
+        .inside(&bed.wire.host)
+        .args(Bed::options(window))
+        .args(["1", slot, "tgt0"])
+        .arg(bed.store.image())
+        .arg("--state-dir")
+        .arg(bed.store.state())
+        .arg("--run-dir")
+        .arg(bed.store.run())
+        .start()
+        .unwrap();
+    process
+        .wait_for_line(&format!(": e1.{slot}, "), Deadline::seconds(20))
+        .unwrap();
+    process
+}
+
+fn client(peer: &Namespace, slot: u8) -> Client {
+    peer.enter(|| Client::connected("ini0", 1, slot))
+        .unwrap()
+        .unwrap()
+}
+
+#[test]
+fn two_windows_of_an_image_do_not_hinder_each_other() {
+    if !lab::require("two exports of one image", &[Need::Network]) {
+        return;
+    }
+    const LOW: [&str; 2] = ["-l", "2048"];
+    const HIGH: [&str; 2] = ["-o", "2048"];
+    let high_data = data(10);
+    for orderly in [false, true] {
+        let bed = Bed::new();
+        let mut low = window(&bed, "1", &LOW);
+        let high = window(&bed, "2", &HIGH);
+        client(&bed.wire.peer, 1)
+            .write_many(1000, &data(40))
+            .unwrap();
+        low.kill().unwrap();
+        // That was an hour ago. The other goes on.
+        let arenas = files(bed.store.run(), "-0.arena");
+        let words = Words::of(&arenas[0]);
+        words.set(11, words.get(11) - 3_600_000_000_000);
+        let mut other = client(&bed.wire.peer, 2);
+        other.write_many(0, &high_data).unwrap();
+        other.flush().unwrap();
+        assert!(bed.store.sectors(2048, 10) == high_data);
+        let high = if orderly {
+            stop(high);
+            None
+        } else {
+            Some(high)
+        };
+        let low = window(&bed, "1", &LOW);
+        assert!(bed.store.sectors(1000, 40) == data(40), "writes are lost");
+        assert!(bed.store.sectors(2048, 10) == high_data);
+        stop(low);
+        if let Some(mut high) = high {
+            // Both die, and the whole is served.
+            other.write_many(20, &high_data).unwrap();
+            high.kill().unwrap();
+            let mut low = window(&bed, "1", &LOW);
+            let mut client = client(&bed.wire.peer, 1);
+            client.write_many(20, &high_data).unwrap();
+            low.kill().unwrap();
+            stop(window(&bed, "1", &[]));
+            assert!(bed.store.sectors(20, 10) == high_data);
+            assert!(bed.store.sectors(2068, 10) == high_data);
+        }
+        bed.nothing_left();
+    }
+}
+
+/// A tmpfs of its own; goes with this.
+struct Memory(TempDir);
+
+impl Memory {
+    fn new(size: &str) -> Memory {
+        let dir = tempfile::tempdir().unwrap();
+        let status = std::process::Command::new("mount")
+            .args(["-t", "tmpfs", "-o", &format!("size={size}"), "aoede-test"])
+            .arg(dir.path())
+            .status()
+            .unwrap();
+        assert!(status.success());
+        Memory(dir)
+    }
+
+    fn path(&self) -> &str {
+        self.0.path().to_str().unwrap()
+    }
+
+    /// Leaves no room in it.
+    fn fill(&self) {
+        use std::io::Write;
+        let mut file = File::create(self.0.path().join("full")).unwrap();
+        while file.write_all(&[1; 4096]).is_ok() {}
+    }
+}
+
+impl Drop for Memory {
+    fn drop(&mut self) {
+        let umount = std::process::Command::new("umount")
+            .arg("-l")
+            .arg(self.0.path())
+            .status();
+        if !umount.is_ok_and(|status| status.success()) {
+            eprintln!("{} is left mounted", self.0.path().display());
+        }
+    }
+}
+
+const MOUNTS: [Need; 3] = [
+    Need::Network,
+    Need::Program("mount"),
+    Need::Program("umount"),
+];
+
+#[test]
+fn without_a_place_for_the_arena_writes_go_through() {
+    if !lab::require("no place for the arena", &MOUNTS) {
+        return;
+    }
+    let (bed, full) = (Bed::new(), Memory::new("256K"));
+    full.fill();
+    let file = bed.store.path().join("file");
+    fs::write(&file, "in the way").unwrap();
+    let below = file.join("run");
+    for (n, place) in [below.to_str().unwrap(), full.path()]
+        .into_iter()
+        .enumerate()
+    {
+        let mut target = bed.start(&["--run-dir", place]);
+        let output = said(&mut target, "writes go through");
+        assert!(
+            output.contains(place) && output.contains("--run-dir"),
+            "{output}"
+        );
+        let mut client = bed.wire.client();
+        for n in 0..40 {
+            let sector = [n as u8 + 1; 512];
+            client.write(n, &sector).unwrap();
+            assert!(bed.store.sectors(n as usize, 1) == sector);
+        }
+        client.write_many(1000, &data(40)).unwrap();
+        target.kill().unwrap();
+        bed.store.sectors(1000, 40);
+        assert!(
+            bed.store.sectors(1000, 40) == data(40),
+            "{n}: a write is lost"
+        );
+        assert_eq!(files(&bed.store.state(), ".arena.toml"), [] as [PathBuf; 0]);
+        fs::write(bed.store.image(), vec![0; 4096 * 512]).unwrap();
+    }
+}
+
+#[test]
+fn in_little_memory_the_cache_is_smaller_and_there_is_no_sigbus() {
+    if !lab::require("a small run directory", &MOUNTS) {
+        return;
+    }
+    let (bed, memory) = (Bed::new(), Memory::new("2M"));
+    let options = ["--run-dir", memory.path(), "--set", "cache_size=64M"];
+    let mut target = bed.start(&options);
+    said(&mut target, "instead of 64");
+    // Whatever others do to it, what was allocated is ours.
+    memory.fill();
+    let mut client = bed.wire.client();
+    let all: Vec<u8> = (0..4096 * 512).map(|i| (i / 512 % 251) as u8).collect();
+    client.write_many(0, &all).unwrap();
+    assert!(client.read_many(0, 4096).unwrap() == all);
+    target.kill().unwrap();
+    // Nor does a restart need more than what is there.
+    fs::remove_file(Path::new(memory.path()).join("full")).unwrap();
+    let target = bed.start(&options);
+    assert!(fs::read(bed.store.image()).unwrap() == all);
+    stop(target);
+    assert_eq!(files(Path::new(memory.path()), ""), [] as [PathBuf; 0]);
+}
