@@ -588,17 +588,20 @@ fn a_full_filesystem_under_a_sparse_image_costs_no_acknowledged_write() {
     File::create(&image).unwrap().set_len(8 << 20).unwrap();
     let mut filler = File::create(disk.0.path().join("filler")).unwrap();
     filler.write_all(&[1; 512 << 10]).unwrap();
-    let mut target = Spawn::new(AOEDE)
-        .inside(&bed.wire.host)
-        .args(Bed::options(&["--set", "max_dirty_age=200"]))
-        .args(["1", "1", "tgt0"])
-        .arg(&image)
-        .arg("--state-dir")
-        .arg(bed.store.state())
-        .arg("--run-dir")
-        .arg(bed.store.run())
-        .start()
-        .unwrap();
+    let spawn = || {
+        Spawn::new(AOEDE)
+            .inside(&bed.wire.host)
+            .args(Bed::options(&["--set", "max_dirty_age=200"]))
+            .args(["1", "1", "tgt0"])
+            .arg(&image)
+            .arg("--state-dir")
+            .arg(bed.store.state())
+            .arg("--run-dir")
+            .arg(bed.store.run())
+            .start()
+            .unwrap()
+    };
+    let mut target = spawn();
     target
         .wait_for_line(": e1.1, ", Deadline::seconds(20))
         .unwrap();
@@ -629,7 +632,7 @@ fn a_full_filesystem_under_a_sparse_image_costs_no_acknowledged_write() {
     engine.verify_all().unwrap();
     let refused = ask(&mut engine.client, &Frame::write(2000, &[8; 512]));
     assert_eq!(outcome(&refused), FAULT);
-    // It stands up against being killed, too; here there is room again.
+    // There is room again.
     fs::remove_file(disk.0.path().join("filler")).unwrap();
     drop(filler);
     target
@@ -638,8 +641,40 @@ fn a_full_filesystem_under_a_sparse_image_costs_no_acknowledged_write() {
     engine.client.write(2000, &[9; 512]).unwrap();
     engine.client.flush().unwrap();
     engine.verify_all().unwrap();
+
+    // The same, and it is killed before there is: a start cannot bring to the
+    // image what waits, and keeps it.
+    let mut filler = File::create(disk.0.path().join("filler")).unwrap();
+    while filler.write_all(&[1; 4096]).is_ok() {}
+    let hole = Plan {
+        first: 4096,
+        operations: Some(8),
+        ..plan
+    };
+    let known = engine.take_model();
+    engine.run(&hole).unwrap();
+    target.kill().unwrap();
+    engine.model_mut().unwrap().settle();
+    let mut refused = spawn();
+    let status = refused.wait(Deadline::seconds(20)).unwrap();
+    let said = refused.output().join("\n");
+    assert_eq!(status.code(), Some(1), "{said}");
+    assert!(said.contains("does not take what it holds"), "{said}");
+    assert!(
+        said.contains(&*bed.store.arena().to_string_lossy()),
+        "{said}"
+    );
+    fs::remove_file(disk.0.path().join("filler")).unwrap();
+    drop(filler);
+    let mut target = spawn();
+    target
+        .wait_for_line(": e1.1, ", Deadline::seconds(20))
+        .unwrap();
+    engine.client.connect(1, 1).unwrap();
+    engine.verify_all().unwrap();
     stop(target);
     let bytes = fs::read(&image).unwrap();
     engine.model().unwrap().check_now(0, &bytes).unwrap();
+    known.unwrap().check_now(0, &bytes).unwrap();
     assert!(bytes[2000 * 512..][..512] == [9; 512]);
 }

@@ -521,7 +521,9 @@ impl Cache {
             let meta = &mut self.meta[slot as usize];
             debug_assert_eq!(meta.state, State::Clean);
             meta.valid &= !piece.mask();
-            if meta.valid == 0 {
+            // A read of other sectors of the block may hold it; then it goes when
+            // its slot is wanted.
+            if meta.valid == 0 && meta.holds == 0 {
                 self.index.remove(piece.block, slot);
                 self.release(slot);
             }
@@ -561,6 +563,7 @@ impl Cache {
     /// A slot holds nothing any more.
     fn release(&mut self, slot: u32) {
         let meta = &mut self.meta[slot as usize];
+        debug_assert_eq!(meta.holds, 0, "slot {slot} is held");
         meta.state = State::Free;
         meta.present = false;
         if self.arena.is_lent(slot) {
