@@ -124,6 +124,9 @@ impl Queue {
                 self.waiting -= 1;
             }
         }
+        // From the beginning again: those heads are still in the processor's
+        // cache.
+        self.first = 0;
         Flushed::Empty
     }
 }

@@ -31,6 +31,9 @@ const TURNS_MAX: usize = 16;
 const TURN: usize = 4 * BATCH;
 /// The same while reads wait for the disk, which is to have the next ones soon.
 const TURN_READING: usize = 8;
+/// Frames in one turn up to which the next is looked for without sleeping. Where
+/// more come at once a nap gathers them, and each costs less.
+const SPIN_FRAMES: usize = 3;
 /// The least time that sleeping is worth.
 const SHORT_SLEEP: Duration = Duration::from_micros(500);
 /// How often a NIC that could not be opened is tried again.
@@ -160,8 +163,16 @@ impl Export {
         let mut stopping: Option<Instant> = None;
         let mut turns = 0;
         let mut looked = Instant::now();
+        let mut shallow = true;
         loop {
-            let took = stopping.is_none() && self.take_frames();
+            let taken = if stopping.is_none() {
+                self.take_frames()
+            } else {
+                0
+            };
+            if taken > 0 {
+                shallow = taken <= SPIN_FRAMES || self.target.is_reading();
+            }
             let advanced = self.target.has_work();
             self.target.volume().set_alive(real_time());
             self.target.advance(Instant::now());
@@ -172,7 +183,8 @@ impl Export {
                     return result;
                 }
             }
-            if took || advanced || (turns > 0 && stopping.is_none() && self.spin()) {
+            let may_spin = turns > 0 && stopping.is_none();
+            if taken > 0 || advanced || (may_spin && self.spin(shallow)) {
                 turns += 1;
                 if turns < TURNS_MAX {
                     continue;
@@ -201,9 +213,8 @@ impl Export {
         }
     }
 
-    /// Takes frames in their order and answers them; says whether there were
-    /// any.
-    fn take_frames(&mut self) -> bool {
+    /// Takes frames in their order and answers them; says how many.
+    fn take_frames(&mut self) -> usize {
         let now = Instant::now();
         let horizon = (self.nics.len() > 1).then(real_time);
         for port in self.nics.iter_mut().filter_map(|nic| nic.port.as_mut()) {
@@ -244,7 +255,7 @@ impl Export {
         if let Some((mac, id)) = rival {
             self.warn_of_rival(now, mac, id);
         }
-        taken > 0
+        taken
     }
 
     /// Queues the replies whose time has come.
@@ -291,11 +302,19 @@ impl Export {
     /// Looks for the next frame for a moment; says whether there is work.
     ///
     /// Only a ring can be looked at without asking the kernel.
-    fn spin(&mut self) -> bool {
+    fn spin(&mut self, shallow: bool) -> bool {
         let now = Instant::now();
         // What is due sooner than a sleep could end is waited for here.
         let due = self.target.deadline().filter(|at| *at <= now + SHORT_SLEEP);
-        let until = due.unwrap_or(now).max(now + self.tuneup.spin);
+        let spin = if shallow {
+            self.tuneup.spin
+        } else {
+            Duration::ZERO
+        };
+        let until = due.unwrap_or(now).max(now + spin);
+        if until <= now {
+            return due.is_some();
+        }
         let nics = &self.nics;
         let ports = || nics.iter().filter_map(|nic| nic.port.as_ref());
         if !ports().any(|port| port.receiver.is_ring()) {
