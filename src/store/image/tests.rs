@@ -1,0 +1,148 @@
+use super::*;
+
+fn options(path: &Path) -> ImageOptions {
+    ImageOptions {
+        path: path.to_owned(),
+        create: None,
+        direct: false,
+        read_only: false,
+        window: Window::default(),
+    }
+}
+
+fn image_of(bytes: u64) -> tempfile::NamedTempFile {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    file.as_file().set_len(bytes).unwrap();
+    file
+}
+
+#[test]
+fn a_window_is_held_to_the_image() {
+    let file = image_of(10 * 512 + 100);
+    let open = |offset, length| {
+        let window = Window { offset, length };
+        Image::open(&ImageOptions {
+            window,
+            ..options(file.path())
+        })
+    };
+    let image = open(0, None).unwrap();
+    assert_eq!(
+        image.bounds().unwrap(),
+        Bounds {
+            start: 0,
+            sectors: 10
+        }
+    );
+    assert_eq!(image.cut_off(), 100);
+    drop(image);
+    let bounds = open(4, Some(6)).unwrap().bounds().unwrap();
+    assert_eq!(
+        bounds,
+        Bounds {
+            start: 2048,
+            sectors: 6
+        }
+    );
+    for (offset, length) in [
+        (4, Some(7)),
+        (11, None),
+        (u64::MAX / 512, None),
+        (0, Some(u64::MAX)),
+        (u64::MAX, Some(1)),
+    ] {
+        let error = open(offset, length).unwrap_err();
+        assert!(
+            matches!(error.why, ImageTrouble::WindowPastEnd(_)),
+            "{offset} {error}"
+        );
+    }
+    assert!(matches!(
+        open(10, None).unwrap_err().why,
+        ImageTrouble::WindowEmpty
+    ));
+}
+
+#[test]
+fn windows_that_overlap_exclude_each_other_and_others_do_not() {
+    let file = image_of(100 * 512);
+    let open = |offset, length, read_only| {
+        let window = Window { offset, length };
+        Image::open(&ImageOptions {
+            window,
+            read_only,
+            ..options(file.path())
+        })
+    };
+    let _low = open(0, Some(50), false).unwrap();
+    let _high = open(50, None, true).unwrap();
+    let _shared = open(60, Some(1), true).unwrap();
+    let error = open(49, Some(2), false).unwrap_err();
+    assert!(matches!(error.why, ImageTrouble::Locked), "{error}");
+}
+
+#[test]
+fn an_image_is_made_only_when_asked_and_missing() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("new.img");
+    let error = Image::open(&options(&path)).unwrap_err();
+    assert!(matches!(error.why, ImageTrouble::Missing));
+    let create = Some(Create {
+        bytes: 1 << 20,
+        prealloc: false,
+    });
+    let made = Image::open(&ImageOptions {
+        create,
+        ..options(&path)
+    })
+    .unwrap();
+    assert_eq!(made.bounds().unwrap().sectors, 2048);
+    assert_eq!(std::fs::metadata(&path).unwrap().blocks(), 0);
+    drop(made);
+    let other = Some(Create {
+        bytes: 512,
+        prealloc: true,
+    });
+    let kept = Image::open(&ImageOptions {
+        create: other,
+        ..options(&path)
+    })
+    .unwrap();
+    assert_eq!(kept.bounds().unwrap().sectors, 2048);
+    let path = dir.path().join("full.img");
+    drop(
+        Image::open(&ImageOptions {
+            create: other,
+            ..options(&path)
+        })
+        .unwrap(),
+    );
+    assert!(std::fs::metadata(&path).unwrap().blocks() > 0);
+}
+
+#[test]
+fn what_is_no_disk_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let error = Image::open(&options(dir.path())).unwrap_err();
+    assert!(matches!(error.why, ImageTrouble::NotADisk));
+    let empty = image_of(511);
+    let error = Image::open(&options(empty.path())).unwrap_err();
+    assert!(matches!(error.why, ImageTrouble::Empty));
+    assert!(error.to_string().contains("truncate"), "{error}");
+}
+
+#[test]
+fn a_discard_reads_back_as_zeros() {
+    let file = image_of(64 * 1024);
+    let image = Image::open(&options(file.path())).unwrap();
+    image.write_at(&[7; 65536], 0).unwrap();
+    if !image.can_discard() {
+        return; // The filesystem of the temporary directory decides.
+    }
+    image.discard(1024, 8192).unwrap();
+    let mut buf = [1; 10240];
+    image.read_at(&mut buf, 0).unwrap();
+    assert!(buf[..1024].iter().all(|b| *b == 7));
+    assert!(buf[1024..9216].iter().all(|b| *b == 0));
+    assert!(buf[9216..].iter().all(|b| *b == 7));
+}
