@@ -368,15 +368,13 @@ impl Volume {
         let mut by = |time: Instant| {
             deadline = Some(deadline.map_or(time, |other| other.min(time)));
         };
-        if self.trouble.is_failing() {
-            for waiter in self
-                .until_synced
-                .front()
-                .iter()
-                .chain(&self.until_written.front())
-            {
+        let failing = self.trouble.is_failing();
+        for list in [&self.until_synced, &self.until_written] {
+            if let Some(waiter) = list.iter().find(|waiter| waiter.is_impatient(failing)) {
                 by(waiter.since + self.options.io_patience);
             }
+        }
+        if failing {
             if let Some(parked) = self
                 .parked
                 .front()

@@ -209,7 +209,7 @@ impl Target {
     }
 
     /// Whether a write is acknowledged only when it is on stable storage.
-    fn is_durable(&self) -> bool {
+    pub(super) fn is_durable(&self) -> bool {
         self.settings.durable || !self.state.write_cache || self.closing > 0
     }
 

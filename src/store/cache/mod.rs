@@ -362,7 +362,7 @@ impl Cache {
     }
 
     /// Takes a write: when this returns it survives the process. All of it, or
-    /// nothing and [`Full`].
+    /// nothing and `Full`.
     pub fn write(&mut self, extent: Extent, data: &[u8], now: Instant) -> Result<Epoch, Full> {
         self.operation = self.operation.wrapping_add(1);
         let mut slots = [NONE; PIECES_MAX];

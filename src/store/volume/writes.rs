@@ -85,6 +85,13 @@ pub(super) struct Waiter {
     flush: bool,
 }
 
+impl Waiter {
+    /// Whether it is told that it failed when it has waited for too long.
+    pub fn is_impatient(&self, failing: bool) -> bool {
+        failing || !self.flush
+    }
+}
+
 /// How many durable writes are expected soon, and until when a sync waits for
 /// them.
 #[derive(Clone, Copy, Debug)]
@@ -535,21 +542,29 @@ impl Volume {
             self.until_written.pop_front();
             self.complete(waiter.token, None, true);
         }
-        if !self.trouble.is_failing() {
-            return;
-        }
+        // A write is told when its patience is over, also by a disk that hangs
+        // and says nothing; a flush only by one that fails.
         let patience = self.options.io_patience;
+        let failing = self.trouble.is_failing();
         let mut given_up = Vec::new();
         for list in [&mut self.until_synced, &mut self.until_written] {
-            while list
-                .front()
-                .is_some_and(|w| now.saturating_duration_since(w.since) >= patience)
-            {
-                given_up.extend(list.pop_front());
+            let mut index = 0;
+            while let Some(waiter) = list.get(index) {
+                if now.saturating_duration_since(waiter.since) < patience {
+                    break;
+                }
+                if waiter.is_impatient(failing) {
+                    given_up.extend(list.remove(index));
+                } else {
+                    index += 1;
+                }
             }
         }
         for waiter in given_up {
             self.complete(waiter.token, None, false);
+        }
+        if !failing {
+            return;
         }
         let is_old =
             |parked: &ParkedWrite| now.saturating_duration_since(parked.since()) >= patience;

@@ -190,6 +190,8 @@ impl Model {
             (None, _) => Err(Must::Fail(ata.error)),
         };
         let data = match (got, &must) {
+            // A durable write whose disk took too long: it may have happened.
+            (Err(Must::Fail(4)), Must::Write(_)) if bench.target.is_durable() => return,
             (Err(got), _) => return assert_eq!(got, must, "{reply:?}"),
             (Ok(_), Must::Refuse(_) | Must::Fail(_) | Must::Silence) => {
                 panic!("{reply:?} instead of {must:?}")
