@@ -279,7 +279,7 @@ impl Volume {
 
     /// Takes back a buffer that went out with a reply.
     pub fn recycle(&mut self, buf: Buf) {
-        self.bufs.put(buf);
+        self.give_back(buf);
     }
 
     /// Saves the wire's state; one at a time.
