@@ -506,11 +506,12 @@ impl Bufs {
         }
     }
 
+    /// Only grows: requests that are under way are as long as those before.
     fn resize(&mut self, len: usize) {
         if len > self.len {
             self.free.clear();
+            self.len = len;
         }
-        self.len = len;
     }
 }
 
