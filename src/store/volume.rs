@@ -154,7 +154,6 @@ pub struct Volume {
     /// Of `under`: the fills, and how many writes.
     fills: Vec<u32>,
     writing: usize,
-    verifying: usize,
     streams: [Stream; STREAMS],
     stream_next: usize,
     /// What waits for a slot or behind a discard, in order.
@@ -209,7 +208,6 @@ impl Volume {
             free: (0..PARKED_MAX as u32).rev().collect(),
             fills: Vec::with_capacity(PARKED_MAX),
             writing: 0,
-            verifying: 0,
             streams: [Stream::default(); STREAMS],
             stream_next: 0,
             parked: VecDeque::new(),
@@ -445,10 +443,7 @@ impl Volume {
                     self.failed(now);
                 }
             }
-            Under::Verify(token) => {
-                self.verifying -= 1;
-                self.complete(token, None, ok);
-            }
+            Under::Verify(token) => self.complete(token, None, ok),
             Under::Prefetch => {}
         }
     }

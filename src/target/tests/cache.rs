@@ -579,3 +579,41 @@ fn at_the_end_all_that_was_acknowledged_is_on_stable_storage() {
         assert!(!bench.target.is_idle());
     }
 }
+
+#[test]
+fn a_discard_does_not_wait_for_those_who_only_verify() {
+    let mut bench = Bench::new();
+    bench.settle();
+    bench.shut();
+    let verify = Ata {
+        count: 2,
+        opcode: 0x42,
+        ..Ata::default()
+    };
+    bench.send(SMALL, ALICE, &Ask::ata(verify, &[]));
+    bench.send(SMALL, BOB, &trim(0, 2));
+    bench.pump();
+    bench.pass(|job| matches!(job, Job::Discard(_)));
+    assert_eq!(bench.pump().len(), 1);
+}
+
+#[test]
+fn a_discard_takes_no_block_out_that_a_read_holds() {
+    let mut bench = Bench::new();
+    bench.write(0, &sectors(1, 2));
+    bench.settle();
+    bench.shut();
+    bench.send(SMALL, ALICE, &trim(0, 2));
+    bench.pump();
+    // Other sectors of the same block, while the discard is under way.
+    bench.send(SMALL, BOB, &Ask::read(2, 2));
+    bench.pass(|job| matches!(job, Job::Discard(_)));
+    bench.pump();
+    // The slot goes to another block, and the block gets another slot.
+    bench.write(40, &sectors(2, 2));
+    bench.write(0, &sectors(3, 2));
+    bench.open();
+    bench.pump();
+    assert!(bench.asked.is_empty(), "{:?}", bench.asked);
+    same(&bench.bytes()[..1024], &sectors(3, 2));
+}
