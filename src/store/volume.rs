@@ -382,7 +382,8 @@ impl Volume {
             {
                 by(parked.since() + self.options.io_patience);
             }
-        } else if let Some(oldest) = self.cache.oldest().filter(|_| self.flushing.is_none()) {
+        }
+        if let Some(oldest) = self.cache.oldest().filter(|_| self.flushing.is_none()) {
             by(oldest + self.options.max_dirty_age / 2);
             by(self.last_request + self.options.idle_flush);
         }

@@ -581,6 +581,21 @@ fn at_the_end_all_that_was_acknowledged_is_on_stable_storage() {
 }
 
 #[test]
+fn what_a_flush_could_not_write_is_written_though_nobody_asks_again() {
+    let mut bench = Bench::new();
+    bench.settle();
+    bench.write(0, &sectors(1, 2));
+    bench.medium.write_fails.store(true, Ordering::Relaxed);
+    assert_eq!(registers(&bench.ask(&Ask::flush())), (0x61, 4, 0));
+    bench.medium.write_fails.store(false, Ordering::Relaxed);
+    // Not idle yet when the disk is tried again, and no one is waiting.
+    bench.pass_time(IDLE_FLUSH / 2);
+    bench.ask(&Ask::read(8, 2));
+    bench.settle();
+    same(&bench.stable()[..1024], &sectors(1, 2));
+}
+
+#[test]
 fn a_discard_does_not_wait_for_those_who_only_verify() {
     let mut bench = Bench::new();
     bench.settle();
