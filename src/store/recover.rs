@@ -215,11 +215,18 @@ pub fn prepare(image: &Image, options: &ArenaOptions) -> Result<Prepared, Recove
         scene.recover_arena(&orphan, None)?;
     }
     match make(&directory, &path, boot, &id, block, options) {
-        Ok((arena, record)) => Ok(Prepared {
-            arena,
-            write_through: false,
-            record: Some(record),
-        }),
+        Ok((mut arena, record)) => {
+            // Its last change may bear a time to come, and is no stranger's
+            // who came after us.
+            if let Ok((Some(changed), _)) = image.changed_and_size() {
+                arena.set_alive(changed);
+            }
+            Ok(Prepared {
+                arena,
+                write_through: false,
+                record: Some(record),
+            })
+        }
         Err(e) => {
             log::warn!(
                 "no arena in {} ({e}): writes go through to the image before they are \
