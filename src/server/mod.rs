@@ -358,6 +358,9 @@ impl Export {
                 Event::Stop => {
                     *stopping = Some(Instant::now());
                     self.target.drain();
+                    let ports = self.nics.iter().map(|nic| nic.port.as_ref()).enumerate();
+                    let ports = ports.filter_map(|(index, port)| Some((index, port?)));
+                    self.wait.ignore_frames(ports);
                 }
                 Event::Measure => self.measure(),
                 Event::Order(count) => log::warn!(
