@@ -113,8 +113,8 @@ pub struct Cache {
     plan: std::collections::VecDeque<u64>,
     /// A slot with sectors left to hand to the disk.
     partial: Option<u32>,
-    /// Blocks that must be read before they can be written back.
-    wanted: Vec<u64>,
+    /// What must be read before it can be written back.
+    wanted: Vec<Extent>,
     /// Versions written back that the next sync covers.
     written: Vec<Record>,
     /// Slots with dirty sectors.
