@@ -93,6 +93,7 @@ pub(super) fn open(options: &Options) -> Result<Export, ServeError> {
     // its state no more.
     let (file, state) = load_state(options)?;
 
+    let disk = disk(&image, &tuneup).map_err(system("starting the disk engine"))?;
     let arena_options = ArenaOptions {
         state_dir: options.state_dir.clone(),
         run_dir: options.run_dir.clone(),
@@ -121,7 +122,6 @@ pub(super) fn open(options: &Options) -> Result<Export, ServeError> {
         read_ahead: tuneup.read_ahead,
         write_depth: tuneup.write_depth,
     };
-    let disk = disk(&image, &tuneup).map_err(system("starting the disk engine"))?;
     let volume = Volume::new(Instant::now(), disk, cache, bounds, volume_options);
     let settings = Settings {
         address,
