@@ -13,8 +13,8 @@ use crate::config::{DiskEngine, Options, Tuneup};
 use crate::drive::Identity;
 use crate::net::{Nic, NicError, NicId, NicTrouble, PortOptions, probe};
 use crate::store::{
-    ArenaOptions, Backing, Cache, Disk, Image, ImageError, Pool, StateFile, UringDisk, Volume,
-    VolumeOptions, prepare,
+    ArenaOptions, Backing, Cache, DIRTY_MIN, Disk, Image, ImageError, Pool, StateFile, UringDisk,
+    Volume, VolumeOptions, prepare,
 };
 use crate::sys::link::LinkWatch;
 use crate::target::{Settings, Target};
@@ -102,7 +102,7 @@ pub(super) fn open(options: &Options) -> Result<Export, ServeError> {
     };
     let prepared = prepare(&image, &arena_options).map_err(ServeError::Recover)?;
     let slots = u64::from(prepared.arena.count());
-    let dirty_max = (slots * u64::from(tuneup.dirty_ratio) / 100) as u32;
+    let dirty_max = (slots * u64::from(tuneup.dirty_ratio) / 100).max(DIRTY_MIN) as u32;
     let cache = Cache::new(prepared.arena, image.align(), dirty_max);
     let longest = nics
         .iter()

@@ -34,6 +34,8 @@ pub use writeback::Record;
 
 /// The most blocks that one request touches: 255 sectors, begun anywhere.
 const PIECES_MAX: usize = 255 / 8 + 2;
+/// So many slots must be allowed to be dirty, or a long write never has room.
+pub const DIRTY_MIN: u64 = PIECES_MAX as u64;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum State {
