@@ -246,7 +246,13 @@ impl Volume {
 
     /// The backing has another size now.
     pub fn resize(&mut self, bounds: Bounds) {
+        let gone = self.bounds.sectors.saturating_sub(bounds.sectors);
         self.bounds = bounds;
+        let end = Lba(bounds.start / SECTOR + bounds.sectors);
+        if let Some(gone) = Extent::new(end, gone).filter(|gone| !gone.is_empty()) {
+            self.overtake_fills(gone);
+            self.cache.cut(end);
+        }
     }
 
     /// Requests may carry so many bytes from now on.

@@ -530,6 +530,19 @@ impl Cache {
         }
     }
 
+    /// The disk ends here now: what was clean beyond is not there any more, and
+    /// may be other data when it grows again.
+    pub fn cut(&mut self, end: Lba) {
+        let sectors = self.sectors;
+        let clean = |meta: &&mut Meta| meta.present && meta.state == State::Clean;
+        for meta in self.meta.iter_mut().filter(clean) {
+            let kept = end.0.saturating_sub(meta.block * sectors);
+            if kept < sectors {
+                meta.valid &= (1 << kept) - 1;
+            }
+        }
+    }
+
     /// A slot to write into: a free one, or that of a clean block which was not
     /// used for the longest time (by the clock's measure).
     fn take_slot(&mut self) -> Option<u32> {

@@ -632,3 +632,25 @@ fn a_discard_takes_no_block_out_that_a_read_holds() {
     assert!(bench.asked.is_empty(), "{:?}", bench.asked);
     same(&bench.bytes()[..1024], &sectors(3, 2));
 }
+
+#[test]
+fn what_was_cut_off_the_disk_is_not_remembered_when_it_grows_again() {
+    let mut bench = Bench::new();
+    bench.write(32, &sectors(1, 2));
+    bench.write(42, &sectors(1, 2));
+    bench.settle();
+    let bounds = |sectors| Bounds {
+        start: START as u64,
+        sectors,
+    };
+    bench.target.resize(bounds(33));
+    let rest = START + 33 * 512..START + SECTORS as usize * 512;
+    let zeros = vec![0; rest.len()];
+    bench.medium.write_at(&zeros, rest.start as u64).unwrap();
+    bench.target.resize(bounds(SECTORS));
+    let read = bench.ask(&Ask::read(32, 2));
+    let expected = [sectors(1, 1), sectors(0, 1)].concat();
+    assert_eq!(read.sectors(2).unwrap(), expected);
+    let read = bench.ask(&Ask::read(42, 2));
+    assert_eq!(read.sectors(2).unwrap(), sectors(0, 2));
+}
