@@ -35,6 +35,9 @@ const TURN_READING: usize = 8;
 const SHORT_SLEEP: Duration = Duration::from_micros(500);
 /// How often a NIC that could not be opened is tried again.
 const NIC_RETRY: Duration = Duration::from_secs(1);
+/// How often it is noted that we live while the image is being changed: at
+/// half of what a start allows for.
+const PULSE: Duration = Duration::from_secs(1);
 /// How often a rival is written about.
 const RIVAL_LOG_INTERVAL: Duration = Duration::from_secs(10);
 
@@ -326,7 +329,8 @@ impl Export {
             .iter()
             .any(|nic| nic.port.is_none())
             .then_some(NIC_RETRY);
-        [disk, stop, nic].into_iter().flatten().min()
+        let pulse = self.target.is_writing().then_some(PULSE);
+        [disk, stop, nic, pulse].into_iter().flatten().min()
     }
 
     /// How a stop goes on: `None` while the disk has not finished.

@@ -360,6 +360,11 @@ impl Volume {
         self.disk.kick();
     }
 
+    /// Whether the disk may be changing the image now.
+    pub fn is_writing(&self) -> bool {
+        self.writing > 0 || self.discarding.is_submitted()
+    }
+
     /// Whether reads wait for the disk.
     pub fn is_reading(&self) -> bool {
         !self.fills.is_empty()
