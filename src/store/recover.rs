@@ -230,7 +230,7 @@ pub fn prepare(image: &Image, options: &ArenaOptions) -> Result<Prepared, Recove
         Err(e) => {
             log::warn!(
                 "no arena in {} ({e}): writes go through to the image before they are \
-                 acknowledged, which is slower; --run-dir names another place",
+                 acknowledged, which is slower; --run-dir and --state-dir name other places",
                 directory.display()
             );
             let arena = anonymous(&path, block, options.cache_size)?;
@@ -286,9 +286,14 @@ fn make(
     }
     let slots = slots.min(u64::from(u32::MAX - 1)) as u32;
     let arena = Arena::create(path, boot, id, block, slots)?;
-    let written = write_record(options, path, boot, id).inspect_err(|_| {
+    let written = write_record(options, path, boot, id).map_err(|e| {
         // Without its record it must not be used; the error is told.
         let _ = fs::remove_file(path);
+        let kept = options.state_dir.display();
+        io::Error::new(
+            e.kind(),
+            format!("its record cannot be kept in {kept}: {e}"),
+        )
     });
     Ok((arena, written?))
 }
