@@ -38,6 +38,9 @@ const SPIN_FRAMES: usize = 3;
 const SHORT_SLEEP: Duration = Duration::from_micros(500);
 /// How often a NIC that could not be opened is tried again.
 const NIC_RETRY: Duration = Duration::from_secs(1);
+/// How often it is noted that we live while the image is being changed: at
+/// half of what a start allows for.
+const PULSE: Duration = Duration::from_secs(1);
 /// How often a rival is written about.
 const RIVAL_LOG_INTERVAL: Duration = Duration::from_secs(10);
 
@@ -345,7 +348,8 @@ impl Export {
             .iter()
             .any(|nic| nic.port.is_none())
             .then_some(NIC_RETRY);
-        [disk, stop, nic].into_iter().flatten().min()
+        let pulse = self.target.is_writing().then_some(PULSE);
+        [disk, stop, nic, pulse].into_iter().flatten().min()
     }
 
     /// How a stop goes on: `None` while the disk has not finished.
@@ -377,6 +381,9 @@ impl Export {
                 Event::Stop => {
                     *stopping = Some(Instant::now());
                     self.target.drain();
+                    let ports = self.nics.iter().map(|nic| nic.port.as_ref()).enumerate();
+                    let ports = ports.filter_map(|(index, port)| Some((index, port?)));
+                    self.wait.ignore_frames(ports);
                 }
                 Event::Measure => self.measure(),
                 Event::Order(count) => log::warn!(

@@ -13,8 +13,8 @@ use crate::config::{DiskEngine, Options, Tuneup};
 use crate::drive::Identity;
 use crate::net::{Nic, NicError, NicId, NicTrouble, PortOptions, probe};
 use crate::store::{
-    ArenaOptions, Backing, Cache, Disk, Image, ImageError, Pool, StateFile, UringDisk, Volume,
-    VolumeOptions, prepare,
+    ArenaOptions, Backing, Cache, DIRTY_MIN, Disk, Image, ImageError, Pool, StateFile, UringDisk,
+    Volume, VolumeOptions, prepare,
 };
 use crate::sys::link::LinkWatch;
 use crate::target::{Settings, Target};
@@ -93,6 +93,7 @@ pub(super) fn open(options: &Options) -> Result<Export, ServeError> {
     // its state no more.
     let (file, state) = load_state(options)?;
 
+    let disk = disk(&image, &tuneup).map_err(system("starting the disk engine"))?;
     let arena_options = ArenaOptions {
         state_dir: options.state_dir.clone(),
         run_dir: options.run_dir.clone(),
@@ -101,7 +102,7 @@ pub(super) fn open(options: &Options) -> Result<Export, ServeError> {
     };
     let prepared = prepare(&image, &arena_options).map_err(ServeError::Recover)?;
     let slots = u64::from(prepared.arena.count());
-    let dirty_max = (slots * u64::from(tuneup.dirty_ratio) / 100) as u32;
+    let dirty_max = (slots * u64::from(tuneup.dirty_ratio) / 100).max(DIRTY_MIN) as u32;
     let cache = Cache::new(prepared.arena, image.align(), dirty_max);
     let longest = nics
         .iter()
@@ -121,7 +122,6 @@ pub(super) fn open(options: &Options) -> Result<Export, ServeError> {
         read_ahead: tuneup.read_ahead,
         write_depth: tuneup.write_depth,
     };
-    let disk = disk(&image, &tuneup).map_err(system("starting the disk engine"))?;
     let volume = Volume::new(Instant::now(), disk, cache, bounds, volume_options);
     let settings = Settings {
         address,

@@ -33,6 +33,8 @@ pub(super) struct Wait {
     epoll: Epoll,
     /// Of each NIC, whether its socket is watched for room to write.
     writable: Vec<bool>,
+    /// What else its socket is watched for.
+    frames: EpollFlags,
 }
 
 impl Wait {
@@ -47,6 +49,7 @@ impl Wait {
         Ok(Wait {
             epoll,
             writable: Vec::new(),
+            frames: EpollFlags::EPOLLIN,
         })
     }
 
@@ -65,7 +68,18 @@ impl Wait {
         self.writable[index] = false;
         Ok(self
             .epoll
-            .add(port, EpollEvent::new(EpollFlags::EPOLLIN, index as u64))?)
+            .add(port, EpollEvent::new(self.frames, index as u64))?)
+    }
+
+    /// From now on frames do not wake the loop: nobody takes them any more, and
+    /// those that stay would wake it again and again.
+    pub fn ignore_frames<'a>(&mut self, ports: impl Iterator<Item = (usize, &'a Port)>) {
+        self.frames = EpollFlags::empty();
+        for (index, port) in ports {
+            let has = self.writable.get(index).copied().unwrap_or(false);
+            self.want_writable(index, port, !has);
+            self.want_writable(index, port, has);
+        }
     }
 
     /// Wakes or does not wake when the port can be written.
@@ -74,9 +88,9 @@ impl Wait {
             return;
         };
         let flags = if want {
-            EpollFlags::EPOLLIN | EpollFlags::EPOLLOUT
+            self.frames | EpollFlags::EPOLLOUT
         } else {
-            EpollFlags::EPOLLIN
+            self.frames
         };
         if self
             .epoll

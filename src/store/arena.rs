@@ -218,9 +218,12 @@ impl Arena {
         self.path.as_deref()
     }
 
-    /// Notes that we live, and so may change the image, at this real time.
+    /// Notes that we live, and so may change the image, at this real time. It
+    /// never goes back, even if the clock does: the image may bear a time from
+    /// before.
     pub fn set_alive(&mut self, nanoseconds: u64) {
-        self.slots.set_word(ALIVE, nanoseconds);
+        let alive = self.slots.word(ALIVE).max(nanoseconds);
+        self.slots.set_word(ALIVE, alive);
     }
 
     /// Writes into a slot that does not count.
@@ -517,6 +520,8 @@ mod tests {
         arena.publish(3, 9, 8, 0xFF);
         arena.retire(3);
         arena.set_alive(77);
+        // A clock that is set back takes nothing back.
+        arena.set_alive(76);
         drop(arena);
         let expected = [
             (2 * 4096 + 3584, vec![3; 512]),

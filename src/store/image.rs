@@ -35,6 +35,19 @@ pub struct Window {
     pub length: Option<u64>,
 }
 
+impl Window {
+    /// How many sectors it shows of an image of so many.
+    fn of(self, sectors: u64) -> Result<u64, ImageTrouble> {
+        let rest = sectors.checked_sub(self.offset);
+        let length = rest.map(|rest| (self.length.unwrap_or(rest), rest));
+        match length {
+            Some((0, _)) => Err(ImageTrouble::WindowEmpty),
+            Some((length, rest)) if length <= rest => Ok(length),
+            _ => Err(ImageTrouble::WindowPastEnd(sectors)),
+        }
+    }
+}
+
 /// An image to be made where there is none.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Create {
@@ -183,6 +196,8 @@ impl Image {
             Ok(metadata) => metadata.file_type(),
             Err(e) if e.kind() == io::ErrorKind::NotFound => {
                 let create = options.create.ok_or(ImageTrouble::Missing)?;
+                // What is refused is refused before anything is made.
+                options.window.of(create.bytes / SECTOR)?;
                 make(&options.path, create).map_err(step("making it"))?;
                 std::fs::metadata(&options.path)
                     .map_err(step("looking at it"))?
@@ -251,17 +266,7 @@ impl Image {
         if sectors == 0 {
             return Err(ImageTrouble::Empty);
         }
-        let past = ImageTrouble::WindowPastEnd(sectors);
-        let Some(rest) = sectors.checked_sub(self.window.offset) else {
-            return Err(past);
-        };
-        let length = self.window.length.unwrap_or(rest);
-        if length > rest {
-            return Err(past);
-        }
-        if length == 0 {
-            return Err(ImageTrouble::WindowEmpty);
-        }
+        let length = self.window.of(sectors)?;
         let bounds = Bounds {
             start: self.window.offset * SECTOR,
             sectors: length,

@@ -21,7 +21,7 @@ mod uring;
 mod volume;
 
 pub use arena::{Arena, ArenaTrouble, ImageId, OldArena};
-pub use cache::Cache;
+pub use cache::{Cache, DIRTY_MIN};
 pub use disk::{Backing, Disk, DiskError, Done, Job, JobId, JobKind, Segment};
 pub use image::{Create, Image, ImageError, ImageOptions, ImageTrouble, Window};
 pub use inline::Inline;

@@ -215,15 +215,22 @@ pub fn prepare(image: &Image, options: &ArenaOptions) -> Result<Prepared, Recove
         scene.recover_arena(&orphan, None)?;
     }
     match make(&directory, &path, boot, &id, block, options) {
-        Ok((arena, record)) => Ok(Prepared {
-            arena,
-            write_through: false,
-            record: Some(record),
-        }),
+        Ok((mut arena, record)) => {
+            // Its last change may bear a time to come, and is no stranger's
+            // who came after us.
+            if let Ok((Some(changed), _)) = image.changed_and_size() {
+                arena.set_alive(changed);
+            }
+            Ok(Prepared {
+                arena,
+                write_through: false,
+                record: Some(record),
+            })
+        }
         Err(e) => {
             log::warn!(
                 "no arena in {} ({e}): writes go through to the image before they are \
-                 acknowledged, which is slower; --run-dir names another place",
+                 acknowledged, which is slower; --run-dir and --state-dir name other places",
                 directory.display()
             );
             let arena = anonymous(&path, block, options.cache_size)?;
@@ -279,9 +286,14 @@ fn make(
     }
     let slots = slots.min(u64::from(u32::MAX - 1)) as u32;
     let arena = Arena::create(path, boot, id, block, slots)?;
-    let written = write_record(options, path, boot, id).inspect_err(|_| {
+    let written = write_record(options, path, boot, id).map_err(|e| {
         // Without its record it must not be used; the error is told.
         let _ = fs::remove_file(path);
+        let kept = options.state_dir.display();
+        io::Error::new(
+            e.kind(),
+            format!("its record cannot be kept in {kept}: {e}"),
+        )
     });
     Ok((arena, written?))
 }

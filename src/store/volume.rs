@@ -154,7 +154,6 @@ pub struct Volume {
     /// Of `under`: the fills, and how many writes.
     fills: Vec<u32>,
     writing: usize,
-    verifying: usize,
     streams: [Stream; STREAMS],
     stream_next: usize,
     /// What waits for a slot or behind a discard, in order.
@@ -209,7 +208,6 @@ impl Volume {
             free: (0..PARKED_MAX as u32).rev().collect(),
             fills: Vec::with_capacity(PARKED_MAX),
             writing: 0,
-            verifying: 0,
             streams: [Stream::default(); STREAMS],
             stream_next: 0,
             parked: VecDeque::new(),
@@ -248,7 +246,13 @@ impl Volume {
 
     /// The backing has another size now.
     pub fn resize(&mut self, bounds: Bounds) {
+        let gone = self.bounds.sectors.saturating_sub(bounds.sectors);
         self.bounds = bounds;
+        let end = Lba(bounds.start / SECTOR + bounds.sectors);
+        if let Some(gone) = Extent::new(end, gone).filter(|gone| !gone.is_empty()) {
+            self.overtake_fills(gone);
+            self.cache.cut(end);
+        }
     }
 
     /// Requests may carry so many bytes from now on.
@@ -279,7 +283,7 @@ impl Volume {
 
     /// Takes back a buffer that went out with a reply.
     pub fn recycle(&mut self, buf: Buf) {
-        self.bufs.put(buf);
+        self.give_back(buf);
     }
 
     /// Saves the wire's state; one at a time.
@@ -356,6 +360,11 @@ impl Volume {
         self.disk.kick();
     }
 
+    /// Whether the disk may be changing the image now.
+    pub fn is_writing(&self) -> bool {
+        self.writing > 0 || self.discarding.is_submitted()
+    }
+
     /// Whether reads wait for the disk.
     pub fn is_reading(&self) -> bool {
         !self.fills.is_empty()
@@ -382,7 +391,8 @@ impl Volume {
             {
                 by(parked.since() + self.options.io_patience);
             }
-        } else if let Some(oldest) = self.cache.oldest().filter(|_| self.flushing.is_none()) {
+        }
+        if let Some(oldest) = self.cache.oldest().filter(|_| self.flushing.is_none()) {
             by(oldest + self.options.max_dirty_age / 2);
             by(self.last_request + self.options.idle_flush);
         }
@@ -443,10 +453,7 @@ impl Volume {
                     self.failed(now);
                 }
             }
-            Under::Verify(token) => {
-                self.verifying -= 1;
-                self.complete(token, None, ok);
-            }
+            Under::Verify(token) => self.complete(token, None, ok),
             Under::Prefetch => {}
         }
     }
@@ -504,11 +511,12 @@ impl Bufs {
         }
     }
 
+    /// Only grows: requests that are under way are as long as those before.
     fn resize(&mut self, len: usize) {
         if len > self.len {
             self.free.clear();
+            self.len = len;
         }
-        self.len = len;
     }
 }
 

@@ -336,6 +336,11 @@ impl Target {
         self.volume.has_done()
     }
 
+    /// Whether the disk may be changing the image now.
+    pub fn is_writing(&self) -> bool {
+        self.volume.is_writing()
+    }
+
     /// Whether reads wait for the disk.
     pub fn is_reading(&self) -> bool {
         self.volume.is_reading()

@@ -678,3 +678,28 @@ fn a_full_filesystem_under_a_sparse_image_costs_no_acknowledged_write() {
     known.unwrap().check_now(0, &bytes).unwrap();
     assert!(bytes[2000 * 512..][..512] == [9; 512]);
 }
+
+#[test]
+fn who_dies_while_a_slow_disk_writes_was_no_stranger() {
+    if !lab::require("kill -9 during a long write-back", &TRACED) {
+        return;
+    }
+    let bed = Bed::new();
+    let mut target = bed.faulty(&["pwritev:delay_enter=1500000"], &[]);
+    let mut client = bed.wire.client();
+    let block = vec![7; 512];
+    for n in 0..8 {
+        client.write_many(n * 64, &block).unwrap();
+    }
+    // Nobody asks for anything while one job writes one block after the other.
+    let changed = || {
+        let bytes = fs::read(bed.store.image()).unwrap();
+        bytes[3 * 64 * 512] == 7
+    };
+    wait_until("the fourth block", Deadline::seconds(20), changed).unwrap();
+    target.kill().unwrap();
+    stop(bed.start(&[]));
+    for n in 0..8 {
+        assert_eq!(bed.store.sectors(n * 64, 1), block);
+    }
+}

@@ -34,6 +34,8 @@ pub use writeback::Record;
 
 /// The most blocks that one request touches: 255 sectors, begun anywhere.
 const PIECES_MAX: usize = 255 / 8 + 2;
+/// So many slots must be allowed to be dirty, or a long write never has room.
+pub const DIRTY_MIN: u64 = PIECES_MAX as u64;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum State {
@@ -113,8 +115,8 @@ pub struct Cache {
     plan: std::collections::VecDeque<u64>,
     /// A slot with sectors left to hand to the disk.
     partial: Option<u32>,
-    /// Blocks that must be read before they can be written back.
-    wanted: Vec<u64>,
+    /// What must be read before it can be written back.
+    wanted: Vec<Extent>,
     /// Versions written back that the next sync covers.
     written: Vec<Record>,
     /// Slots with dirty sectors.
@@ -526,6 +528,19 @@ impl Cache {
             if meta.valid == 0 && meta.holds == 0 {
                 self.index.remove(piece.block, slot);
                 self.release(slot);
+            }
+        }
+    }
+
+    /// The disk ends here now: what was clean beyond is not there any more, and
+    /// may be other data when it grows again.
+    pub fn cut(&mut self, end: Lba) {
+        let sectors = self.sectors;
+        let clean = |meta: &&mut Meta| meta.present && meta.state == State::Clean;
+        for meta in self.meta.iter_mut().filter(clean) {
+            let kept = end.0.saturating_sub(meta.block * sectors);
+            if kept < sectors {
+                meta.valid &= (1 << kept) - 1;
             }
         }
     }

@@ -402,10 +402,10 @@ fn a_disk_of_whole_groups_gets_whole_groups() {
     let run = cache.next_run(cache.epoch(), 8).unwrap();
     assert_eq!(run.extent, extent(8, 4));
     let wanted = cache.take_wanted();
-    assert_eq!(wanted, [extent(0, 8)]);
+    assert_eq!(wanted, [extent(0, 4)], "more may be past the end");
     // Something newer comes before it does.
     cache.write(extent(2, 1), &[3; 512], now).unwrap();
-    cache.complete(wanted[0], &[9; 4096], now);
+    cache.complete(wanted[0], &[9; 2048], now);
     cache.not_completed(wanted[0]);
     let run = cache.next_run(cache.epoch(), 8).unwrap();
     assert_eq!(run.extent, extent(0, 4));

@@ -135,12 +135,15 @@ impl Cache {
             }
         }
         if mask & !meta.valid != 0 {
-            // Back to the end of the queue until the rest has been read.
-            let block = meta.block;
+            // Back to the end of the queue until the rest has been read: the
+            // groups alone, since the block may reach past the end of the disk.
+            let (first, last) = (mask.trailing_zeros(), 63 - mask.leading_zeros());
+            let start = Lba(meta.block * self.sectors + u64::from(first));
             meta.state = State::Dirty;
             meta.reads = true;
             self.queue_back(slot);
-            self.wanted.push(block);
+            self.wanted
+                .extend(Extent::new(start, u64::from(last - first + 1)));
             return false;
         }
         meta.state = State::Writing;
@@ -205,14 +208,9 @@ impl Cache {
         run
     }
 
-    /// Blocks that must be read whole before they can be written back.
+    /// What must be read before it can be written back.
     pub fn take_wanted(&mut self) -> Vec<Extent> {
-        let sectors = self.sectors;
-        let blocks = std::mem::take(&mut self.wanted);
-        let extents = blocks
-            .into_iter()
-            .map(|block| Extent::new(Lba(block * sectors), sectors));
-        extents.flatten().collect()
+        std::mem::take(&mut self.wanted)
     }
 
     /// What was wanted could not be read now; it is wanted again in its turn.

@@ -533,3 +533,11 @@ proptest! {
         prop_assert_eq!(old.sectors(), 0);
     }
 }
+
+#[test]
+fn a_large_buffer_comes_back_to_the_large_ones() {
+    let mut volume = World::new(0, 8, true, 1, 0).volume;
+    let buf = volume.big_bufs.take().unwrap();
+    volume.recycle(buf);
+    assert_eq!((volume.bufs.free.len(), volume.big_bufs.free.len()), (0, 1));
+}

@@ -3,7 +3,7 @@
 
 use std::time::{Duration, Instant};
 
-use shadow::{Extent, Lba};
+use shadow::Extent;
 
 use super::super::cache::Epoch;
 use super::super::disk::Segment;
@@ -295,11 +295,12 @@ impl Volume {
         if self.discarding.submitted || self.cache.dirty().0 > 0 {
             return;
         }
-        // Reads from now on wait behind it, and it waits for those before.
-        let nothing = Extent::new(Lba(0), 0);
-        let hull = extents.iter().copied().reduce(Extent::hull).or(nothing);
+        // Reads from now on wait behind it, and it waits for those before: of
+        // the whole blocks, since it may take a block out that a fill holds.
+        let hull = extents.iter().copied().reduce(Extent::hull);
+        let hull = hull.map(|hull| self.cache.blocks_around(hull));
         self.discarding.hull = hull;
-        if self.verifying > 0 || hull.is_some_and(|hull| self.is_filling(hull)) {
+        if hull.is_some_and(|hull| self.is_filling(hull)) {
             return;
         }
         let ranges = extents

@@ -579,3 +579,78 @@ fn at_the_end_all_that_was_acknowledged_is_on_stable_storage() {
         assert!(!bench.target.is_idle());
     }
 }
+
+#[test]
+fn what_a_flush_could_not_write_is_written_though_nobody_asks_again() {
+    let mut bench = Bench::new();
+    bench.settle();
+    bench.write(0, &sectors(1, 2));
+    bench.medium.write_fails.store(true, Ordering::Relaxed);
+    assert_eq!(registers(&bench.ask(&Ask::flush())), (0x61, 4, 0));
+    bench.medium.write_fails.store(false, Ordering::Relaxed);
+    // Not idle yet when the disk is tried again, and no one is waiting.
+    bench.pass_time(IDLE_FLUSH / 2);
+    bench.ask(&Ask::read(8, 2));
+    bench.settle();
+    same(&bench.stable()[..1024], &sectors(1, 2));
+}
+
+#[test]
+fn a_discard_does_not_wait_for_those_who_only_verify() {
+    let mut bench = Bench::new();
+    bench.settle();
+    bench.shut();
+    let verify = Ata {
+        count: 2,
+        opcode: 0x42,
+        ..Ata::default()
+    };
+    bench.send(SMALL, ALICE, &Ask::ata(verify, &[]));
+    bench.send(SMALL, BOB, &trim(0, 2));
+    bench.pump();
+    bench.pass(|job| matches!(job, Job::Discard(_)));
+    assert_eq!(bench.pump().len(), 1);
+}
+
+#[test]
+fn a_discard_takes_no_block_out_that_a_read_holds() {
+    let mut bench = Bench::new();
+    bench.write(0, &sectors(1, 2));
+    bench.settle();
+    bench.shut();
+    bench.send(SMALL, ALICE, &trim(0, 2));
+    bench.pump();
+    // Other sectors of the same block, while the discard is under way.
+    bench.send(SMALL, BOB, &Ask::read(2, 2));
+    bench.pass(|job| matches!(job, Job::Discard(_)));
+    bench.pump();
+    // The slot goes to another block, and the block gets another slot.
+    bench.write(40, &sectors(2, 2));
+    bench.write(0, &sectors(3, 2));
+    bench.open();
+    bench.pump();
+    assert!(bench.asked.is_empty(), "{:?}", bench.asked);
+    same(&bench.bytes()[..1024], &sectors(3, 2));
+}
+
+#[test]
+fn what_was_cut_off_the_disk_is_not_remembered_when_it_grows_again() {
+    let mut bench = Bench::new();
+    bench.write(32, &sectors(1, 2));
+    bench.write(42, &sectors(1, 2));
+    bench.settle();
+    let bounds = |sectors| Bounds {
+        start: START as u64,
+        sectors,
+    };
+    bench.target.resize(bounds(33));
+    let rest = START + 33 * 512..START + SECTORS as usize * 512;
+    let zeros = vec![0; rest.len()];
+    bench.medium.write_at(&zeros, rest.start as u64).unwrap();
+    bench.target.resize(bounds(SECTORS));
+    let read = bench.ask(&Ask::read(32, 2));
+    let expected = [sectors(1, 1), sectors(0, 1)].concat();
+    assert_eq!(read.sectors(2).unwrap(), expected);
+    let read = bench.ask(&Ask::read(42, 2));
+    assert_eq!(read.sectors(2).unwrap(), sectors(0, 2));
+}

@@ -162,3 +162,18 @@ fn another_size_is_news_once() {
     assert_eq!(registers(&bench.ask(&Ask::read(10, 1))), (0x41, 0x10, 1));
     assert!(bench.ask(&Ask::read(9, 1)).sectors(1).is_some());
 }
+
+#[test]
+fn reads_under_way_outlive_the_nics_with_long_frames() {
+    let mut bench = Bench::new();
+    bench.shut();
+    // A frame and its resends, which wait for what the first brings.
+    for _ in 0..4 {
+        bench.send(JUMBO, ALICE, &Ask::read(0, 17));
+    }
+    bench.target.set_nic(JUMBO, None);
+    bench.target.set_nic(SMALL, None);
+    bench.open();
+    bench.target.advance(bench.now);
+    assert!(bench.target.next_ready().is_some());
+}
