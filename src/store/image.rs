@@ -25,6 +25,8 @@ const LOCK_PATIENCE: Duration = Duration::from_secs(2);
 const LOCK_RETRY: Duration = Duration::from_millis(20);
 /// Alignment of direct I/O where the kernel does not tell it.
 const DIRECT_DEFAULT: u32 = 4096;
+/// The largest block: 64 sectors, a bit for each in a word.
+const ALIGN_MAX: u32 = 64 * SECTOR as u32;
 
 /// Which sectors of the image are exported.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -96,6 +98,8 @@ pub enum ImageTrouble {
     WindowEmpty,
     /// Its bounds are not those direct I/O needs, in bytes.
     Unaligned(u64),
+    /// Its blocks for direct I/O are larger than the cache's can be, in bytes.
+    LargeBlocks(u32),
     /// Its filesystem knows no direct I/O.
     NoDirect,
     /// Another process has it locked.
@@ -132,6 +136,11 @@ impl fmt::Display for ImageError {
                 f,
                 "direct I/O here needs start and end at multiples of {align} bytes; \
                  change -o and -l or the size, or leave out -d"
+            ),
+            ImageTrouble::LargeBlocks(bytes) => write!(
+                f,
+                "direct I/O here takes whole blocks of {bytes} bytes, and {ALIGN_MAX} is the most \
+                 that aoede knows; leave out -d"
             ),
             ImageTrouble::NoDirect => {
                 f.write_str("its filesystem cannot do direct I/O; leave out -d")
@@ -228,6 +237,9 @@ impl Image {
             (true, Some(device)) => told.unwrap_or(device.logical),
             (true, None) => told.unwrap_or(DIRECT_DEFAULT),
         };
+        if align > ALIGN_MAX {
+            return Err(ImageTrouble::LargeBlocks(align));
+        }
         let mut image = Image {
             file,
             path: options.path.clone(),

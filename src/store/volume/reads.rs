@@ -11,6 +11,9 @@ use crate::sys::buffer::{Body, Buf, BufSlice};
 pub(super) const AHEAD_STEP: usize = 256 << 10;
 /// Steps of reading ahead that may be under way.
 const AHEAD_MAX: usize = 8;
+/// Steps of all readers that may be under way together, which bounds the memory
+/// that they take.
+const AHEAD_FILLS_MAX: usize = 16;
 /// Reads in a row, each behind the one before, that make a sequential reader.
 const SEQUENTIAL: u32 = 3;
 
@@ -368,7 +371,8 @@ impl Volume {
     fn read_ahead(&mut self, span: Option<Extent>) {
         let Some(span) = span else { return };
         if self.options.direct {
-            let busy = self.fills.len() >= super::PARKED_MAX / 2;
+            let under = |id: &&u32| matches!(&self.under[**id as usize], Some(Under::Fill(f)) if f.keep && f.waiters.is_empty());
+            let busy = self.fills.iter().filter(under).count() >= AHEAD_FILLS_MAX;
             if !busy && !self.discarding.excludes(span) && !self.cache.covers(span) {
                 let waiters = Vec::new();
                 let fill = Fill {
