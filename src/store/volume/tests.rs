@@ -127,6 +127,8 @@ struct Fate {
     seed: u64,
     /// Of 256 jobs so many fail.
     failing: u8,
+    /// A byte whose sector cannot be written.
+    bad: Option<u64>,
     /// Whether reads are answered from memory.
     now: bool,
 }
@@ -139,6 +141,17 @@ impl Fate {
             .wrapping_add(1442695040888963407);
         (self.seed >> 33) as usize
     }
+}
+
+/// Whether a job writes this byte.
+fn reaches(job: &Job, byte: u64) -> bool {
+    let Job::Write(segments) = job else {
+        return false;
+    };
+    segments.iter().any(|segment| {
+        let len: usize = segment.pieces.iter().map(|piece| piece.len()).sum();
+        (segment.at..segment.at + len as u64).contains(&byte)
+    })
 }
 
 /// A disk that ends the jobs under way in an order drawn by lot.
@@ -158,7 +171,8 @@ impl Disk for Lots {
             return None;
         }
         let (id, job) = self.jobs.swap_remove(fate.draw() % self.jobs.len());
-        let fails = fate.draw() % 256 < usize::from(fate.failing);
+        let bad = fate.bad.is_some_and(|at| reaches(&job, at));
+        let fails = bad || fate.draw() % 256 < usize::from(fate.failing);
         if !fails {
             return Some(job.run(id, &*self.file));
         }
@@ -351,6 +365,7 @@ impl World {
         let fate = Rc::new(RefCell::new(Fate {
             seed,
             failing,
+            bad: None,
             now: !direct,
         }));
         let disk = Lots {
@@ -540,4 +555,34 @@ fn a_large_buffer_comes_back_to_the_large_ones() {
     let buf = volume.big_bufs.take().unwrap();
     volume.recycle(buf);
     assert_eq!((volume.bufs.free.len(), volume.big_bufs.free.len()), (0, 1));
+}
+
+#[test]
+fn one_bad_sector_keeps_no_other_from_stable_storage_and_is_not_forgotten() {
+    let mut world = World::new(7, 40, true, 1, 0);
+    let byte = |sector: u64| world.start + sector * 512;
+    let (bad, good) = (byte(10), byte(60) as usize);
+    world.fate.borrow_mut().bad = Some(bad);
+    // One after the other, so that they are two jobs of the disk.
+    world.step(5, 10, 1);
+    world.step(5, 60, 1);
+    let began = world.now;
+    let age = world.volume.options.max_dirty_age;
+    while world.now - began < age {
+        for _ in 0..50 {
+            world.advance();
+        }
+        world.now += Duration::from_millis(100);
+    }
+    let durable = world.file.power.lock().unwrap().durable[good..good + 512].to_vec();
+    assert_eq!(value_of(&durable), world.model.history[60][1]);
+    // The sync of the others is not taken for the end of it.
+    assert!(world.volume.is_degraded());
+    world.check_kill();
+
+    world.fate.borrow_mut().bad = None;
+    world.settle();
+    assert!(!world.volume.is_degraded());
+    world.model.flushed.clone_from(&world.model.acked);
+    world.check_cut();
 }

@@ -104,6 +104,11 @@ pub(super) struct Gather {
 #[derive(Debug, Default)]
 pub(super) struct Trouble {
     since: Option<Instant>,
+    /// What was there at the last failure: when all of it is on stable storage
+    /// the trouble is over.
+    epoch: Option<Epoch>,
+    /// Whether it was a sync that failed last.
+    sync_failed: bool,
     rounds: u32,
     retry_at: Option<Instant>,
     degraded: bool,
@@ -374,6 +379,7 @@ impl Volume {
             return;
         }
         self.trouble.retry_at = None;
+        self.trouble.sync_failed = false;
         let Some(until) = self.urgent() else { return };
         // A disk is given many writes at once; the page cache a few jobs, each
         // of many copies.
@@ -428,7 +434,11 @@ impl Volume {
     }
 
     pub(super) fn start_sync(&mut self, now: Instant) {
-        if self.syncing.is_some() || self.trouble.rests(now) || self.cache.awaiting_sync() == 0 {
+        // Where a write has failed, what could be written is not left to wait
+        // for what cannot; where a sync has failed, the disk is left alone.
+        let failing = self.trouble.is_failing() && !self.trouble.sync_failed && self.writing == 0;
+        let rests = self.trouble.rests(now) && !failing;
+        if self.syncing.is_some() || rests || self.cache.awaiting_sync() == 0 {
             return;
         }
         self.open_round(now);
@@ -439,7 +449,7 @@ impl Volume {
         // only a sync is missing to make it clean, or a write needs a slot.
         let many = self.cache.awaiting_sync() >= self.cache.slots() as usize / 8;
         let pressed = !self.parked.is_empty() && self.writing == 0;
-        if ready(self.round) || ready(self.flushing) || many || pressed {
+        if ready(self.round) || ready(self.flushing) || many || pressed || failing {
             self.round = None;
             self.sync_began = now;
             self.syncing = Some(self.cache.begin_sync());
@@ -481,11 +491,18 @@ impl Volume {
         };
         self.cache.sync_ended(records, ok, now);
         if ok {
-            if std::mem::take(&mut self.trouble).degraded {
+            // Not every sync is the end of it: one sector may go on failing
+            // while the others are written and synced.
+            let over = self
+                .trouble
+                .epoch
+                .is_none_or(|epoch| self.cache.is_synced(epoch));
+            if over && std::mem::take(&mut self.trouble).degraded {
                 log::warn!("the disk takes writes again");
             }
         } else {
             self.failed(now);
+            self.trouble.sync_failed = true;
         }
     }
 
@@ -503,7 +520,9 @@ impl Volume {
             // Of the same round.
             return;
         }
+        let epoch = self.cache.close_epoch();
         let trouble = &mut self.trouble;
+        trouble.epoch = Some(epoch);
         trouble.rounds += 1;
         let since = *trouble.since.get_or_insert(now);
         if !trouble.degraded && (trouble.rounds >= ROUNDS_MAX || now - since >= FAILING_MAX) {
