@@ -90,6 +90,17 @@ struct Meta {
     holds: u32,
 }
 
+/// How much of an extent the cache holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Presence {
+    /// No sector.
+    None,
+    /// Some sectors.
+    Some,
+    /// Every sector.
+    All,
+}
+
 /// There is no slot for it now.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Full;
@@ -282,10 +293,24 @@ impl Cache {
 
     /// Whether all of an extent is here.
     pub fn covers(&self, extent: Extent) -> bool {
-        self.pieces(extent).all(|piece| {
-            let slot = self.find(piece.block);
-            slot.is_some_and(|s| self.meta[s as usize].valid & piece.mask() == piece.mask())
-        })
+        self.presence(extent) == Presence::All
+    }
+
+    /// How much of an extent is here, in one pass over its blocks.
+    pub fn presence(&self, extent: Extent) -> Presence {
+        let (mut any, mut all) = (false, true);
+        for piece in self.pieces(extent) {
+            let valid = self
+                .find(piece.block)
+                .map_or(0, |s| self.meta[s as usize].valid);
+            any |= valid & piece.mask() != 0;
+            all &= valid & piece.mask() == piece.mask();
+        }
+        match (any, all) {
+            (_, true) => Presence::All,
+            (true, false) => Presence::Some,
+            (false, false) => Presence::None,
+        }
     }
 
     /// Copies what is here of an extent over what was read from the disk.

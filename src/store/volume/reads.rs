@@ -4,6 +4,7 @@ use std::time::Instant;
 
 use shadow::{Extent, Lba, SECTOR};
 
+use super::super::cache::Presence;
 use super::{Job, Read, Refused, Token, Under, Volume};
 use crate::sys::buffer::{Body, Buf, BufSlice};
 
@@ -14,6 +15,9 @@ const AHEAD_MAX: usize = 8;
 /// Steps of all readers that may be under way together, which bounds the memory
 /// that they take.
 const AHEAD_FILLS_MAX: usize = 16;
+/// For so many reads after one that had to wait for the disk the page cache is
+/// told what comes next.
+const COLD: u16 = 4096;
 /// Reads in a row, each behind the one before, that make a sequential reader.
 const SEQUENTIAL: u32 = 3;
 
@@ -41,6 +45,8 @@ pub(super) struct Stream {
     length: u32,
     /// Read ahead up to here.
     ahead: u64,
+    /// Reads for which the disk is still taken to be behind the page cache.
+    cold: u16,
 }
 
 impl Volume {
@@ -57,7 +63,8 @@ impl Volume {
         self.last_request = now;
         let extent = self.absolute(extent);
         let result = self.read_absolute(token, extent);
-        self.follow(who, extent);
+        let waits = matches!(result, Ok(Read::Parked));
+        self.follow(who, extent, waits);
         result
     }
 
@@ -75,7 +82,8 @@ impl Volume {
             return Ok(Read::Ready(body));
         }
         let len = extent.byte_len() as usize;
-        let all_here = self.cache.covers(extent);
+        let presence = self.cache.presence(extent);
+        let all_here = presence == Presence::All;
         if all_here || !self.options.direct {
             let mut buf = self.bufs.take().ok_or(Refused::NoRoom)?;
             let range = if all_here {
@@ -85,7 +93,9 @@ impl Volume {
             };
             if let Some(range) = range {
                 let mut slice = BufSlice { buf, range };
-                self.cache.overlay(extent, &mut slice);
+                if presence != Presence::None {
+                    self.cache.overlay(extent, &mut slice);
+                }
                 return Ok(Read::Ready(Body::Buf(slice)));
             }
             self.bufs.put(buf);
@@ -329,7 +339,7 @@ impl Volume {
     }
 
     /// Follows a reader, and reads ahead of it if it goes on in a row.
-    fn follow(&mut self, who: u64, extent: Extent) {
+    fn follow(&mut self, who: u64, extent: Extent, waits: bool) {
         let (start, end) = (extent.start().0, extent.end().0);
         let known = self
             .streams
@@ -341,6 +351,7 @@ impl Volume {
                 next: end,
                 length: 1,
                 ahead: 0,
+                cold: 0,
             };
             self.streams[self.stream_next] = stream;
             self.stream_next = (self.stream_next + 1) % self.streams.len();
@@ -351,7 +362,14 @@ impl Volume {
         let stream = &mut self.streams[index];
         stream.next = end;
         stream.length = stream.length.saturating_add(1);
-        if stream.length < SEQUENTIAL || window == 0 {
+        stream.cold = if waits {
+            COLD
+        } else {
+            stream.cold.saturating_sub(1)
+        };
+        // What the page cache has need not be announced to it.
+        let pointless = !self.options.direct && stream.cold == 0;
+        if stream.length < SEQUENTIAL || window == 0 || pointless {
             return;
         }
         // In whole steps, so that what is read ahead is read in large pieces.
