@@ -189,7 +189,8 @@ pub fn decode<'a>(
     let abort = Refusal::Ata(aborted(taskfile));
     let within = |lba: u64| {
         Extent::new(Lba(lba), u64::from(taskfile.count))
-            .filter(|extent| extent.fits(limits.sectors))
+            // Of no sector none can lie past the end.
+            .filter(|extent| extent.is_empty() || extent.fits(limits.sectors))
             .ok_or(Refusal::Ata(not_found(taskfile)))
     };
     // A frame holds what we said it holds; more than that was never offered.

@@ -209,7 +209,7 @@ impl Export {
             // The others may leave no moment in which nothing happens.
             let missing = self.nics.iter().any(|nic| nic.port.is_none());
             let retry = missing && looked.elapsed() >= NIC_RETRY;
-            if woken.links || woken.timed_out || retry {
+            if woken.links || retry {
                 self.look_at_links();
                 looked = Instant::now();
             }

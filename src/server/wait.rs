@@ -24,8 +24,6 @@ pub(super) struct Woken {
     pub signals: bool,
     /// A link changed, or a socket has an error, which means the same.
     pub links: bool,
-    /// Nothing happened in the time given.
-    pub timed_out: bool,
 }
 
 /// The epoll set.
@@ -118,10 +116,7 @@ impl Wait {
             Err(nix::Error::EINTR) => return Ok(Woken::default()),
             Err(errno) => return Err(errno.into()),
         };
-        let mut woken = Woken {
-            timed_out: count == 0,
-            ..Woken::default()
-        };
+        let mut woken = Woken::default();
         for event in &events[..count] {
             match event.data() {
                 SIGNALS => woken.signals = true,

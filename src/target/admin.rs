@@ -47,6 +47,8 @@ pub(super) enum Switch {
 pub(super) struct Saving {
     next: WireState,
     waiting: Vec<Waiting>,
+    /// What the operator is told once it is so.
+    changes: Vec<String>,
 }
 
 #[derive(Debug)]
@@ -150,7 +152,7 @@ impl Target {
     /// differs.
     fn save_held(&mut self) {
         let mut next = self.state.clone();
-        let mut waiting = Vec::new();
+        let (mut waiting, mut changes) = (Vec::new(), Vec::new());
         let mut head = vec![0; HEAD_MAX];
         while let Some(held) = self.held.pop_front() {
             let closes_cache = held.closes_cache();
@@ -178,7 +180,7 @@ impl Target {
                 }
             };
             if let Some(asker) = held.asker().filter(|_| next != before) {
-                log_change(&before, &next, asker);
+                changes.extend(describe_change(&before, &next, asker));
             }
             let saved = head[..len].to_vec();
             waiting.push(Waiting {
@@ -194,16 +196,26 @@ impl Target {
         }
         self.volume
             .save(SAVE, Arc::clone(&self.state_file), next.to_text());
-        self.saving = Some(Saving { next, waiting });
+        self.saving = Some(Saving {
+            next,
+            waiting,
+            changes,
+        });
     }
 
     /// The save under way has ended.
     pub(super) fn saved(&mut self, ok: bool) {
-        let Some(Saving { next, waiting }) = self.saving.take() else {
+        let Some(saving) = self.saving.take() else {
             return;
         };
+        let Saving {
+            next,
+            waiting,
+            changes,
+        } = saving;
         if ok {
             self.state = next;
+            changes.iter().for_each(|change| log::info!("{change}"));
         }
         self.release(waiting, ok);
         if !self.held.is_empty() {
@@ -372,25 +384,29 @@ fn orders_change(command: &Command) -> bool {
 }
 
 /// Who changed what, for the operator.
-fn log_change(before: &WireState, next: &WireState, asker: MacAddr) {
+fn describe_change(before: &WireState, next: &WireState, asker: MacAddr) -> Vec<String> {
+    let mut changes = Vec::new();
     if before.config != next.config {
-        let string = String::from_utf8_lossy(&next.config)
-            .escape_debug()
-            .to_string();
-        log::info!("config string set to \"{string}\" by {asker}");
+        let string = String::from_utf8_lossy(&next.config);
+        let string = string.escape_debug();
+        changes.push(format!("config string set to \"{string}\" by {asker}"));
     }
     if before.masks != next.masks {
-        log::info!("mask list changed by {asker}: {:?}", next.masks);
+        changes.push(format!("mask list changed by {asker}: {:?}", next.masks));
     }
     if before.reserved != next.reserved {
-        log::info!("reservation changed by {asker}: {:?}", next.reserved);
+        changes.push(format!(
+            "reservation changed by {asker}: {:?}",
+            next.reserved
+        ));
     }
     if before.write_cache != next.write_cache {
         let now = if next.write_cache { "on" } else { "off" };
-        log::info!("write cache switched {now} by {asker}");
+        changes.push(format!("write cache switched {now} by {asker}"));
     }
     if before.smart != next.smart {
         let now = if next.smart { "enabled" } else { "disabled" };
-        log::info!("SMART {now} by {asker}");
+        changes.push(format!("SMART {now} by {asker}"));
     }
+    changes
 }

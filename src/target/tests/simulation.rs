@@ -75,6 +75,8 @@ impl Model {
         if [0x20, 0xC8, 0x30, 0xCA, 0x40].contains(&op) {
             lba &= 0x0FFF_FFFF;
         }
+        // Of no sector none lies past the end.
+        let lba = if count == 0 { 0 } else { lba };
         let most = if nic == SMALL { 2 } else { 17 };
         let fits = lba + u64::from(count) <= SECTORS;
         let range = || lba as usize..lba as usize + usize::from(count);
