@@ -7,7 +7,7 @@
 //!       1  version | block size << 32            0  commit: sequence number, 0 = nothing
 //!       2  number of slots                       1  block: byte offset in the backing / block size
 //!       3  boot id (2 words)                     2  dirty: a bit for each sector of the block
-//!       5  image: device, inode,                 3  generation of a freeze, 0
+//!       5  image: device, inode,                 3  generation: counts the freezes
 //!          birth time, window start,             4  zero
 //!          window length (5 words)      then, on the next page: the slots,
 //!      10  checksum of words 0 to 9     block size bytes each
@@ -15,12 +15,12 @@
 //! ```
 //!
 //! A slot counts while its commit word is not 0, and of several of one block
-//! the one with the highest. Publishing writes data and header first and the
+//! and generation the one with the highest. Publishing writes data and header first and the
 //! commit word last; a slot that counts is never written again, only retired by
 //! setting the commit word to 0. So a process that dies at any instruction
 //! leaves each acknowledged sector in the arena or on a synced image.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::fmt;
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -254,9 +254,9 @@ impl Arena {
     }
 
     /// Makes what was written into the slot count: from here on it survives us.
-    pub fn publish(&mut self, slot: u32, sequence: u64, block: u64, dirty: u64) {
+    pub fn publish(&mut self, slot: u32, sequence: u64, block: u64, dirty: u64, generation: u64) {
         let header = HEADERS + HEADER * slot as usize;
-        for (word, value) in [(1, block), (2, dirty), (3, 0), (4, 0)] {
+        for (word, value) in [(1, block), (2, dirty), (3, generation), (4, 0)] {
             self.slots.set_word(header + word, value);
         }
         self.slots.set_word(header, sequence);
@@ -334,8 +334,19 @@ pub struct OldArena {
     pub alive: u64,
     count: u32,
     block: usize,
-    /// Of each block the slot that counts, by block.
-    dirty: Vec<(u64, u32, u64)>,
+    /// Of each block and generation the slot that counts, in this order:
+    /// generation, block.
+    dirty: Vec<Version>,
+}
+
+/// A block as one generation left it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+struct Version {
+    generation: u64,
+    block: u64,
+    slot: u32,
+    /// The sectors that may be nowhere else.
+    bits: u64,
 }
 
 impl OldArena {
@@ -379,15 +390,19 @@ impl OldArena {
         })
     }
 
-    /// Makes nothing in it count any more: all of it is on the image.
+    /// Makes nothing in it count any more: all of it is where it belongs.
     pub fn retire(&mut self) {
-        let newest: HashSet<u32> = self.dirty.drain(..).map(|(_, slot, _)| slot).collect();
-        // Those that others stand above go first: whoever is killed in between
-        // must not make one of them the newest of its block.
-        for last in [false, true] {
-            for slot in (0..self.count).filter(|slot| newest.contains(slot) == last) {
-                self.slots.set_word(HEADERS + HEADER * slot as usize, 0);
-            }
+        self.dirty.clear();
+        let header = |slot: u32| HEADERS + HEADER * slot as usize;
+        let mut slots: Vec<_> = (0..self.count)
+            .map(|slot| (self.slots.word(header(slot)), slot))
+            .filter(|(commit, _)| *commit != 0)
+            .collect();
+        // The oldest first: whoever is killed in between must not bring an older
+        // one over a newer one.
+        slots.sort_unstable();
+        for (_, slot) in slots {
+            self.slots.set_word(header(slot), 0);
         }
     }
 
@@ -395,49 +410,55 @@ impl OldArena {
     pub fn sectors(&self) -> u64 {
         self.dirty
             .iter()
-            .map(|(_, _, bits)| u64::from(bits.count_ones()))
+            .map(|version| u64::from(version.bits.count_ones()))
             .sum()
     }
 
     /// The last byte of the backing that it would write, and one.
     pub fn end(&self) -> u64 {
-        self.dirty.last().map_or(0, |(block, _, bits)| {
-            block * self.block as u64 + u64::from(64 - bits.leading_zeros()) * SECTOR
-        })
+        let end = |version: &Version| {
+            version.block * self.block as u64
+                + u64::from(64 - version.bits.leading_zeros()) * SECTOR
+        };
+        self.dirty.iter().map(end).max().unwrap_or(0)
     }
 
-    /// Hands out each run of sectors that may not be on the image, in the
-    /// order of their places: offset in the backing, bytes.
-    pub fn replay<E>(&self, mut write: impl FnMut(u64, &[u8]) -> Result<(), E>) -> Result<(), E> {
-        for (block, slot, bits) in &self.dirty {
-            for (first, count) in runs(*bits) {
+    /// Hands out each run of sectors that may not be where it belongs: its
+    /// generation, the offset in the backing, the bytes. Older generations come
+    /// first, and of each the sectors in the order of their places.
+    pub fn replay<E>(
+        &self,
+        mut write: impl FnMut(u64, u64, &[u8]) -> Result<(), E>,
+    ) -> Result<(), E> {
+        for version in &self.dirty {
+            for (first, count) in runs(version.bits) {
                 let at = first as usize * SECTOR as usize;
-                let bytes = self
-                    .slots
-                    .bytes(*slot, at, count as usize * SECTOR as usize);
-                write(block * self.block as u64 + at as u64, bytes)?;
+                let len = count as usize * SECTOR as usize;
+                let bytes = self.slots.bytes(version.slot, at, len);
+                let place = version.block * self.block as u64 + at as u64;
+                write(version.generation, place, bytes)?;
             }
         }
         Ok(())
     }
 }
 
-/// Of each block the slot with the highest commit word, sorted by block.
+/// Of each block and generation the slot with the highest commit word, sorted.
 fn newest(
     slots: &Slots,
     count: u32,
     block: usize,
     image: &ImageId,
-) -> Result<Vec<(u64, u32, u64)>, ArenaTrouble> {
+) -> Result<Vec<Version>, ArenaTrouble> {
     let sectors = block / SECTOR as usize;
-    let mut newest: HashMap<u64, (u64, u32, u64)> = HashMap::new();
+    let mut newest: HashMap<(u64, u64), (u64, Version)> = HashMap::new();
     for slot in 0..count {
         let header = HEADERS + HEADER * slot as usize;
         let commit = slots.word(header);
         if commit == 0 {
             continue;
         }
-        let (number, bits) = (slots.word(header + 1), slots.word(header + 2));
+        let [number, bits, generation] = [1, 2, 3].map(|word| slots.word(header + word));
         let within = number.checked_mul(block as u64).is_some_and(|at| {
             let end = image.start.saturating_add(image.len);
             at < end && at.saturating_add(block as u64) > image.start
@@ -446,15 +467,20 @@ fn newest(
         if !within || !known || bits == 0 {
             return Err(ArenaTrouble::Damaged("a slot's header means nothing"));
         }
-        let entry = newest.entry(number).or_insert((commit, slot, bits));
+        let version = Version {
+            generation,
+            block: number,
+            slot,
+            bits,
+        };
+        let entry = newest
+            .entry((generation, number))
+            .or_insert((commit, version));
         if commit > entry.0 {
-            *entry = (commit, slot, bits);
+            *entry = (commit, version);
         }
     }
-    let mut list: Vec<_> = newest
-        .into_iter()
-        .map(|(n, (_, slot, bits))| (n, slot, bits))
-        .collect();
+    let mut list: Vec<_> = newest.into_values().map(|(_, version)| version).collect();
     list.sort_unstable();
     Ok(list)
 }
@@ -499,7 +525,7 @@ mod tests {
     fn replayed(path: &Path) -> Vec<(u64, Vec<u8>)> {
         let mut list = Vec::new();
         let old = OldArena::open(path).unwrap();
-        let take = |at, bytes: &[u8]| {
+        let take = |_, at, bytes: &[u8]| {
             list.push((at, bytes.to_vec()));
             Ok::<(), ()>(())
         };
@@ -512,12 +538,12 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let (path, mut arena) = arena(dir.path());
         arena.write(0, 512, &[1; 1024]);
-        arena.publish(0, 5, 3, 0b110);
+        arena.publish(0, 5, 3, 0b110, 0);
         arena.write(1, 0, &[2; 512]);
-        arena.publish(1, 4, 3, 0b1);
+        arena.publish(1, 4, 3, 0b1, 0);
         arena.write(2, 3584, &[3; 512]);
-        arena.publish(2, 6, 2, 0x80);
-        arena.publish(3, 9, 8, 0xFF);
+        arena.publish(2, 6, 2, 0x80, 0);
+        arena.publish(3, 9, 8, 0xFF, 0);
         arena.retire(3);
         arena.set_alive(77);
         // A clock that is set back takes nothing back.
@@ -538,11 +564,25 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let (path, mut arena) = arena(dir.path());
         for (slot, sequence) in [(0, 7), (1, 5), (2, 6)] {
-            arena.publish(slot, sequence, 3, 1);
+            arena.publish(slot, sequence, 3, 1, 0);
         }
         drop(arena);
         OldArena::open(&path).unwrap().retire();
         assert_eq!(OldArena::open(&path).unwrap().sectors(), 0);
+    }
+
+    #[test]
+    fn each_generation_has_a_version_of_its_own_and_the_older_comes_first() {
+        let dir = tempfile::tempdir().unwrap();
+        let (path, mut arena) = arena(dir.path());
+        for (slot, generation, fill) in [(0, 8, 1), (1, 7, 2), (2, 7, 3)] {
+            arena.write(slot, 0, &[fill; 512]);
+            let sequence = [6, 4, 5][slot as usize];
+            arena.publish(slot, sequence, 3, 1, generation);
+        }
+        drop(arena);
+        let expected = [(3 * 4096, vec![3; 512]), (3 * 4096, vec![1; 512])];
+        assert_eq!(replayed(&path), expected);
     }
 
     #[test]
@@ -572,7 +612,7 @@ mod tests {
     fn damage_is_seen() {
         let dir = tempfile::tempdir().unwrap();
         let (path, mut arena) = arena(dir.path());
-        arena.publish(0, 1, 3, 1);
+        arena.publish(0, 1, 3, 1, 0);
         drop(arena);
         let good = std::fs::read(&path).unwrap();
         let open = |bytes: &[u8]| {

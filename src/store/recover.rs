@@ -492,7 +492,7 @@ impl Scene<'_> {
             .map_err(|_| RecoverTrouble::InUse)?;
         // What we change now is no stranger's change to who comes after us.
         let mut pulse = Pulse::open(path).map_err(RecoverTrouble::Arena)?;
-        old.replay(|at, bytes| {
+        old.replay(|_, at, bytes| {
             pulse.set_alive(real_time());
             image.write_unaligned(bytes, at)
         })

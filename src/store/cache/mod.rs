@@ -16,6 +16,7 @@
 //! All extents are sectors of the backing, not of the export.
 
 mod epochs;
+mod generations;
 mod index;
 mod writeback;
 
@@ -27,7 +28,9 @@ use super::arena::{Arena, runs};
 use crate::sys::buffer::Body;
 
 use epochs::Epochs;
+use generations::Generations;
 use index::{Index, NONE};
+use writeback::Queue;
 
 pub use epochs::Epoch;
 pub use writeback::Record;
@@ -72,6 +75,8 @@ struct Meta {
     reads: bool,
     /// Whether one of its write-backs failed.
     failed: bool,
+    /// Which queue of dirty slots it stands in: of which generation it is.
+    line: u8,
     /// Write-backs under way.
     writes: u16,
     /// Sectors that are not on stable storage.
@@ -81,6 +86,8 @@ struct Meta {
     epoch: Epoch,
     /// Sectors still to be handed to the disk, while Writing.
     unsent: u64,
+    /// Sectors of the last write-back.
+    sent: u64,
     /// The queue of dirty slots.
     previous: u32,
     next: u32,
@@ -119,9 +126,9 @@ pub struct Cache {
     /// Slots that hold nothing but are still lent out.
     limbo: Vec<u32>,
     hand: u32,
-    /// The queue of dirty slots, oldest first.
-    head: u32,
-    tail: u32,
+    /// The dirty slots, oldest first, those of each generation apart.
+    queues: [Queue; 2],
+    generations: Generations,
     /// Blocks to be written back next, in their order.
     plan: std::collections::VecDeque<u64>,
     /// A slot with sectors left to hand to the disk.
@@ -182,6 +189,8 @@ impl Cache {
             valid: 0,
             dirty: 0,
             unsent: 0,
+            sent: 0,
+            line: 0,
             writes: 0,
             failed: false,
             state: State::Free,
@@ -202,8 +211,8 @@ impl Cache {
             free: (0..count).rev().collect(),
             limbo: Vec::new(),
             hand: 0,
-            head: NONE,
-            tail: NONE,
+            queues: [Queue::default(); 2],
+            generations: Generations::default(),
             plan: std::collections::VecDeque::new(),
             partial: None,
             wanted: Vec::new(),
@@ -221,6 +230,16 @@ impl Cache {
     /// The memory.
     pub fn arena(&mut self) -> &mut Arena {
         &mut self.arena
+    }
+
+    /// Whether any sector is not on stable storage.
+    pub fn has_dirty(&self) -> bool {
+        self.dirty > 0
+    }
+
+    /// No more slots than these may be dirty from now on.
+    pub fn limit_dirty(&mut self, slots: u32) {
+        self.dirty_max = slots.clamp(1, self.arena.count());
     }
 
     /// Slots with dirty sectors, and how many there may be.
@@ -401,7 +420,9 @@ impl Cache {
                 self.meta[slot as usize].guard = self.operation;
             }
             let state = found.map(|slot| self.meta[slot as usize].state);
-            fresh += u32::from(matches!(state, None | Some(State::Clean)));
+            let more = matches!(state, None | Some(State::Clean))
+                || found.is_some_and(|slot| self.is_older(slot));
+            fresh += u32::from(more);
         }
         let mut room = self.dirty + fresh <= self.dirty_max || fresh == 0;
         for (piece, slot) in self.pieces(extent).zip(&mut slots) {
@@ -461,7 +482,10 @@ impl Cache {
         let meta = &mut self.meta[fresh as usize];
         meta.block = piece.block;
         meta.valid = kept | mask;
-        self.supersede(old, fresh, before.map_or(0, |m| m.dirty) | mask, now);
+        match old.filter(|slot| self.is_older(*slot)) {
+            Some(old) => self.lift(old, fresh, mask, now),
+            None => self.supersede(old, fresh, before.map_or(0, |m| m.dirty) | mask, now),
+        }
     }
 
     /// Puts a version that was written into `fresh` in the place of `old`.
@@ -479,6 +503,7 @@ impl Cache {
         match before.state {
             // Not handed to the disk yet: the new version takes its account.
             State::Dirty | State::Planned => {
+                self.meta[fresh as usize].line = before.line;
                 self.publish(fresh, dirty);
                 let meta = &mut self.meta[fresh as usize];
                 meta.epoch = before.epoch;
@@ -488,13 +513,13 @@ impl Cache {
                     self.queue_replace(old, fresh);
                 }
                 self.arena.retire(old);
-                self.index.replace(block, old, fresh);
+                self.replace(block, old, fresh);
                 self.release(old);
             }
             State::Writing => {
                 self.make_dirty(fresh, dirty, now);
                 self.arena.retire(old);
-                self.index.replace(block, old, fresh);
+                self.replace(block, old, fresh);
                 self.meta[fresh as usize].waits = true;
                 self.meta[old as usize].present = false;
                 self.queue_back(fresh);
@@ -503,7 +528,7 @@ impl Cache {
             State::Written | State::Clean | State::Free => {
                 self.make_dirty(fresh, dirty, now);
                 self.arena.retire(old);
-                self.index.replace(block, old, fresh);
+                self.replace(block, old, fresh);
                 self.dirty -= u32::from(before.state == State::Written);
                 self.release(old);
                 self.queue_back(fresh);
@@ -513,6 +538,7 @@ impl Cache {
 
     /// Makes a version count, on the account of the present epoch.
     fn make_dirty(&mut self, slot: u32, dirty: u64, now: Instant) {
+        self.meta[slot as usize].line = self.generations.line();
         self.publish(slot, dirty);
         let epoch = self.epochs.current();
         self.epochs.add(epoch, true, now);
@@ -534,8 +560,10 @@ impl Cache {
         meta.reads = false;
         meta.present = true;
         meta.referenced = true;
-        let (block, dirty) = (meta.block, meta.dirty);
-        self.arena.publish(slot, self.sequence, block, dirty);
+        let block = meta.block;
+        let generation = self.generations.of_line(meta.line);
+        self.arena
+            .publish(slot, self.sequence, block, dirty, generation);
     }
 
     /// Forgets an extent, whose sectors the disk has made zeros. Nothing in the

@@ -16,6 +16,8 @@ use std::time::Duration;
 
 const SECTORS: u64 = 64;
 const BLOCK: usize = 4096;
+/// Nothing more than is dirty must be written.
+const PLAIN: super::writeback::Shape = &|_, dirty| dirty;
 
 /// A number that is the same for the same arguments and like no other.
 fn draw(seed: u64, n: u64) -> u64 {
@@ -55,6 +57,8 @@ struct Bench<'a> {
     syncing: Option<Vec<Record>>,
     lent: Vec<(Body, Vec<u8>)>,
     now: Instant,
+    /// While a generation is drained: its last epoch, and what it leaves.
+    cut: Option<(Epoch, Vec<u8>)>,
 }
 
 impl<'a> Bench<'a> {
@@ -67,12 +71,31 @@ impl<'a> Bench<'a> {
             syncing: None,
             lent: Vec::new(),
             now: Instant::now(),
+            cut: None,
+        }
+    }
+
+    /// Begins a generation, unless one is being drained; `medium` is what the
+    /// disk must hold when that ends, and nothing newer.
+    fn begin_generation(&mut self, medium: &[u8]) {
+        if self.cut.is_none() {
+            self.cut = Some((self.cache.begin_generation(), medium.to_vec()));
+        }
+    }
+
+    fn end_drain(&mut self) {
+        let cache = &self.cache;
+        if let Some((_, image)) = self.cut.take_if(|(last, _)| cache.is_synced(*last)) {
+            let mut medium = vec![0; image.len()];
+            (self.disk)(&mut medium, 0, false);
+            assert!(medium == image, "what a freeze leaves still");
+            self.cache.end_drain();
         }
     }
 
     fn begin_write(&mut self) {
         let until = self.cache.epoch();
-        let Some(run) = self.cache.next_run(until, 4) else {
+        let Some(run) = self.cache.next_run(until, 4, PLAIN) else {
             return;
         };
         let data = bytes(&run);
@@ -180,6 +203,7 @@ impl<'a> Bench<'a> {
                 self.end_sync(true);
                 self.begin_sync();
                 self.end_sync(true);
+                self.end_drain();
             }
         }
     }
@@ -214,10 +238,14 @@ impl<'a> Bench<'a> {
             seen[*slot as usize] += 1;
             assert_eq!(cache.meta[*slot as usize].state, State::Free);
         }
-        let (mut slot, mut queued) = (cache.head, 0);
-        while slot != NONE {
-            assert_eq!(cache.meta[slot as usize].state, State::Dirty);
-            (slot, queued) = (cache.meta[slot as usize].next, queued + 1);
+        let mut queued = 0;
+        for (line, queue) in cache.queues.iter().enumerate() {
+            let mut slot = queue.head;
+            while slot != NONE {
+                let meta = &cache.meta[slot as usize];
+                assert_eq!((meta.state, meta.line), (State::Dirty, line as u8));
+                (slot, queued) = (meta.next, queued + 1);
+            }
         }
         let all = cache.meta.iter().filter(|meta| meta.state == State::Dirty);
         assert_eq!(queued, all.count(), "dirty slots in the queue");
@@ -225,7 +253,10 @@ impl<'a> Bench<'a> {
             assert_eq!(meta.holds, 0);
             let free = usize::from(meta.state == State::Free);
             assert_eq!(seen[slot], free, "slot {slot}: {meta:?}");
-            assert_eq!(cache.find(meta.block) == Some(slot as u32), meta.present);
+            let below = cache.generations.below.get(&meta.block) == Some(&(slot as u32));
+            let found = cache.find(meta.block) == Some(slot as u32);
+            assert_eq!(found || below, meta.present);
+            assert!(!(found && below));
         }
     }
 }
@@ -256,7 +287,9 @@ proptest! {
         let mut bench = Bench::new(cache(arena, align, slots * 3 / 4), &disk);
         let mut model = vec![0; SECTORS as usize * 512];
         for n in 1..steps {
-            if draw(seed, n) % 3 == 0 {
+            if draw(seed ^ 2, n) % 20 == 0 {
+                bench.begin_generation(&model);
+            } else if draw(seed, n) % 3 == 0 {
                 let (extent, data) = (nth(seed, n), fill(n, nth(seed, n)));
                 bench.write(extent, &data);
                 let at = extent.byte_start() as usize;
@@ -269,6 +302,8 @@ proptest! {
             let mut seen = medium.borrow().clone();
             bench.cache.overlay(whole, &mut seen);
             prop_assert!(seen == model, "what is read after step {n}");
+            bench.end_drain();
+            bench.audit();
         }
         bench.lent.clear();
         let closed = bench.cache.close_epoch();
@@ -290,13 +325,13 @@ fn a_version_that_takes_over_from_a_failed_one_keeps_the_flush_waiting() {
     // was answered.
     let (mut cache, now) = (empty(8), Instant::now());
     cache.write(extent(0, 1), &[1; 512], now).unwrap();
-    let run = cache.next_run(cache.epoch(), 8).unwrap();
+    let run = cache.next_run(cache.epoch(), 8, PLAIN).unwrap();
     let flush = cache.close_epoch();
     cache.write(extent(0, 1), &[2; 512], now).unwrap();
     cache.write_ended(run.slots[0], false, now);
     assert!(!cache.is_written(flush) && !cache.is_synced(flush));
     let run = cache
-        .next_run(flush, 8)
+        .next_run(flush, 8, PLAIN)
         .expect("asked for, and not written");
     cache.write_ended(run.slots[0], true, now);
     assert!(cache.is_written(flush) && !cache.is_synced(flush));
@@ -306,7 +341,7 @@ fn a_version_that_takes_over_from_a_failed_one_keeps_the_flush_waiting() {
     cache.sync_ended(records, false, now);
     assert!(!cache.is_written(flush) && !cache.is_synced(flush));
     let run = cache
-        .next_run(flush, 8)
+        .next_run(flush, 8, PLAIN)
         .expect("asked for, and not written");
     cache.write_ended(run.slots[0], true, now);
     let records = cache.begin_sync();
@@ -322,14 +357,16 @@ fn what_came_back_to_the_queue_does_not_stand_before_its_elders() {
     cache.write(extent(16, 1), &[2; 512], now).unwrap();
     let both = cache.epoch();
     let runs = [
-        cache.next_run(both, 1).unwrap(),
-        cache.next_run(both, 1).unwrap(),
+        cache.next_run(both, 1, PLAIN).unwrap(),
+        cache.next_run(both, 1, PLAIN).unwrap(),
     ];
     // The younger one last, so before the elder.
     for run in &runs {
         cache.write_ended(run.slots[0], false, now);
     }
-    let run = cache.next_run(first, 1).expect("the elder is asked for");
+    let run = cache
+        .next_run(first, 1, PLAIN)
+        .expect("the elder is asked for");
     assert_eq!(run.extent, extent(0, 1));
 }
 
@@ -376,7 +413,7 @@ fn what_is_forgotten_while_it_is_held_does_not_take_the_hold_along() {
     // The block comes back while it is held.
     cache.write(extent(4, 1), &[2; 512], now).unwrap();
     cache.unhold(&held);
-    let run = cache.next_run(cache.epoch(), 8).unwrap();
+    let run = cache.next_run(cache.epoch(), 8, PLAIN).unwrap();
     cache.write_ended(run.slots[0], true, now);
     drop(run);
     let records = cache.begin_sync();
@@ -399,7 +436,7 @@ fn a_disk_of_whole_groups_gets_whole_groups() {
         .write(extent(8, 4), &fill(2, extent(0, 4)), now)
         .unwrap();
     // The first waits for what is beside it; the second is whole.
-    let run = cache.next_run(cache.epoch(), 8).unwrap();
+    let run = cache.next_run(cache.epoch(), 8, PLAIN).unwrap();
     assert_eq!(run.extent, extent(8, 4));
     let wanted = cache.take_wanted();
     assert_eq!(wanted, [extent(0, 4)], "more may be past the end");
@@ -407,7 +444,7 @@ fn a_disk_of_whole_groups_gets_whole_groups() {
     cache.write(extent(2, 1), &[3; 512], now).unwrap();
     cache.complete(wanted[0], &[9; 2048], now);
     cache.not_completed(wanted[0]);
-    let run = cache.next_run(cache.epoch(), 8).unwrap();
+    let run = cache.next_run(cache.epoch(), 8, PLAIN).unwrap();
     assert_eq!(run.extent, extent(0, 4));
     let expected = [[9; 512], [1; 512], [3; 512], [9; 512]].concat();
     assert_eq!(bytes(&run), expected);
@@ -532,7 +569,7 @@ fn watch(writer: &Writer, folder: &Path, progress: &Slots) {
             counted = acked;
             let mut bytes = std::fs::read(folder.join("image")).unwrap();
             let old = OldArena::open(&folder.join("a.arena")).unwrap();
-            old.replay(|at, data| {
+            old.replay(|_, at, data| {
                 bytes[at as usize..at as usize + data.len()].copy_from_slice(data);
                 Ok::<(), ()>(())
             })

@@ -31,13 +31,42 @@ pub struct Run {
     pub slots: Vec<u32>,
 }
 
+/// A queue of slots that runs through their `previous` and `next`.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Queue {
+    pub head: u32,
+    tail: u32,
+}
+
+impl Default for Queue {
+    fn default() -> Queue {
+        Queue {
+            head: NONE,
+            tail: NONE,
+        }
+    }
+}
+
+/// Which sectors of a block must be written if some of them are: gets the block
+/// and the mask of those.
+pub type Shape<'a> = &'a dyn Fn(u64, u64) -> u64;
+
 /// A version that was written back and waits for a sync.
 #[derive(Clone, Copy, Debug)]
 pub struct Record {
     block: u64,
+    /// Sectors that were written.
+    mask: u64,
     slot: u32,
     sequence: u64,
     epoch: Epoch,
+}
+
+impl Record {
+    /// The block, and which of its sectors; none if it stands for no block.
+    pub fn sectors(&self) -> (u64, u64) {
+        (self.block, self.mask)
+    }
 }
 
 impl Cache {
@@ -73,21 +102,21 @@ impl Cache {
 
     /// The next run to write, of at most `blocks_max` blocks: from the plan, or
     /// from a new one if versions of epoch `until` or before are queued.
-    pub fn next_run(&mut self, until: Epoch, blocks_max: usize) -> Option<Run> {
+    pub fn next_run(&mut self, until: Epoch, blocks_max: usize, shape: Shape) -> Option<Run> {
         loop {
             if let Some(slot) = self.partial.take() {
-                return self.run_from(slot, blocks_max);
+                return self.run_from(slot, blocks_max, shape);
             }
             if self.plan.is_empty() && !self.epochs.is_written(until) {
                 self.make_plan();
             }
             let block = self.plan.pop_front()?;
-            let slot = self.find(block);
+            let slot = self.at_hand(block);
             let Some(slot) = slot.filter(|s| self.meta[*s as usize].state == State::Planned) else {
                 continue;
             };
-            if self.begin_writing(slot) {
-                return self.run_from(slot, blocks_max);
+            if self.begin_writing(slot, shape) {
+                return self.run_from(slot, blocks_max, shape);
             }
         }
     }
@@ -96,7 +125,7 @@ impl Cache {
     /// picked by their epoch: what failed, or inherited an older account, may
     /// stand behind what is newer.
     fn make_plan(&mut self) {
-        let mut slot = self.head;
+        let mut slot = self.queues[usize::from(self.generations.line_at_hand())].head;
         let mut skipped = 0;
         while slot != NONE && self.plan.len() < PLAN_MAX && skipped < SKIP_MAX {
             let meta = self.meta[slot as usize];
@@ -114,13 +143,14 @@ impl Cache {
 
     /// Freezes a version for writing; `false` if something of its groups must
     /// be read first.
-    fn begin_writing(&mut self, slot: u32) -> bool {
+    fn begin_writing(&mut self, slot: u32, shape: Shape) -> bool {
         let group = self.group;
         let meta = &mut self.meta[slot as usize];
-        let mut mask = meta.dirty;
+        let dirty = shape(meta.block, meta.dirty);
+        let mut mask = dirty;
         if group > 1 {
             mask = 0;
-            for (first, count) in runs(meta.dirty) {
+            for (first, count) in runs(dirty) {
                 let (low, high) = (
                     first / group * group,
                     (first + count).next_multiple_of(group),
@@ -148,13 +178,14 @@ impl Cache {
         }
         meta.state = State::Writing;
         meta.unsent = mask;
+        meta.sent = mask;
         meta.failed = false;
         true
     }
 
     /// The run that begins with the first unsent sector of a slot, and goes on
     /// into the blocks behind it that are ready too.
-    fn run_from(&mut self, mut slot: u32, blocks_max: usize) -> Option<Run> {
+    fn run_from(&mut self, mut slot: u32, blocks_max: usize, shape: Shape) -> Option<Run> {
         let mut run: Option<Run> = None;
         loop {
             let meta = self.meta[slot as usize];
@@ -188,7 +219,9 @@ impl Cache {
             if !to_the_end || run.pieces.len() >= blocks_max {
                 break;
             }
-            let Some(next) = self.find(block) else { break };
+            let Some(next) = self.at_hand(block) else {
+                break;
+            };
             let meta = self.meta[next as usize];
             let ready =
                 matches!(meta.state, State::Planned | State::Dirty) && !(meta.waits || meta.reads);
@@ -200,7 +233,7 @@ impl Cache {
             if meta.state == State::Dirty {
                 self.queue_remove(next);
             }
-            if !self.begin_writing(next) {
+            if !self.begin_writing(next, shape) {
                 break;
             }
             slot = next;
@@ -216,7 +249,7 @@ impl Cache {
     /// What was wanted could not be read now; it is wanted again in its turn.
     pub fn not_completed(&mut self, extent: Extent) {
         for piece in self.pieces(extent) {
-            if let Some(slot) = self.find(piece.block) {
+            if let Some(slot) = self.at_hand(piece.block) {
                 self.meta[slot as usize].reads = false;
             }
         }
@@ -228,7 +261,7 @@ impl Cache {
         let pieces = self.pieces(extent);
         for piece in pieces {
             self.operation = self.operation.wrapping_add(1);
-            let Some(old) = self.find(piece.block) else {
+            let Some(old) = self.at_hand(piece.block) else {
                 continue;
             };
             let before = self.meta[old as usize];
@@ -290,7 +323,7 @@ impl Cache {
             return;
         }
         // A newer version has waited for this one.
-        let newer = self.find(meta.block);
+        let newer = self.at_hand(meta.block);
         if let Some(newer) = newer {
             self.meta[newer as usize].waits = false;
         }
@@ -310,6 +343,7 @@ impl Cache {
         self.epochs.written(meta.epoch);
         self.written.push(Record {
             block: meta.block,
+            mask: meta.sent,
             slot,
             sequence: meta.sequence,
             epoch: meta.epoch,
@@ -343,6 +377,7 @@ impl Cache {
         self.epochs.add(epoch, false, now);
         self.written.push(Record {
             block: u64::MAX,
+            mask: 0,
             slot: NONE,
             sequence: 0,
             epoch,
@@ -397,8 +432,12 @@ impl Cache {
                     meta.state = State::Clean;
                     self.dirty -= 1;
                     // Not the record's: it may have inherited an older one.
-                    let epoch = meta.epoch;
+                    let (epoch, block) = (meta.epoch, meta.block);
                     self.epochs.remove(epoch, false);
+                    if self.generations.below.get(&block) == Some(&slot) {
+                        self.generations.below.remove(&block);
+                        self.release(slot);
+                    }
                 }
                 (true, None) => self.epochs.remove(record.epoch, false),
                 (false, Some(slot)) => {
@@ -410,7 +449,7 @@ impl Cache {
                 }
                 (false, None) if record.slot == NONE => self.written.push(record),
                 (false, None) => {
-                    let newer = self.find(record.block);
+                    let newer = self.at_hand(record.block);
                     self.inherit(newer, record.epoch, now);
                     self.epochs.remove(record.epoch, false);
                 }
@@ -418,43 +457,56 @@ impl Cache {
         }
     }
 
+    /// What was written back and not synced must be written again, since it now
+    /// belongs elsewhere.
+    pub fn write_again(&mut self, now: Instant) {
+        let records = self.begin_sync();
+        self.sync_ended(records, false, now);
+    }
+
+    /// Whether all of these sectors, of one block, will be written back.
+    pub fn is_dirty(&self, extent: Extent) -> bool {
+        self.pieces(extent).all(|piece| {
+            let slot = self.find(piece.block);
+            let dirty = slot.map_or(0, |slot| self.meta[slot as usize].dirty);
+            dirty & piece.mask() == piece.mask()
+        })
+    }
+
     pub(super) fn queue_back(&mut self, slot: u32) {
-        let tail = self.tail;
-        self.link(tail, slot);
-        self.link(slot, NONE);
+        let line = self.meta[slot as usize].line;
+        let tail = self.queues[usize::from(line)].tail;
+        self.link(line, tail, slot);
+        self.link(line, slot, NONE);
     }
 
     fn queue_front(&mut self, slot: u32) {
-        let head = self.head;
-        self.link(slot, head);
-        self.link(NONE, slot);
+        let line = self.meta[slot as usize].line;
+        let head = self.queues[usize::from(line)].head;
+        self.link(line, slot, head);
+        self.link(line, NONE, slot);
     }
 
     pub(super) fn queue_replace(&mut self, old: u32, new: u32) {
-        let (previous, next) = (
-            self.meta[old as usize].previous,
-            self.meta[old as usize].next,
-        );
-        self.link(previous, new);
-        self.link(new, next);
+        let meta = self.meta[old as usize];
+        self.link(meta.line, meta.previous, new);
+        self.link(meta.line, new, meta.next);
     }
 
     fn queue_remove(&mut self, slot: u32) {
-        let (previous, next) = (
-            self.meta[slot as usize].previous,
-            self.meta[slot as usize].next,
-        );
-        self.link(previous, next);
+        let meta = self.meta[slot as usize];
+        self.link(meta.line, meta.previous, meta.next);
     }
 
-    /// Makes `b` follow `a`; the ends of the queue stand for [`NONE`].
-    fn link(&mut self, a: u32, b: u32) {
+    /// Makes `b` follow `a` in a queue, whose ends stand for [`NONE`].
+    fn link(&mut self, line: u8, a: u32, b: u32) {
+        let queue = &mut self.queues[usize::from(line)];
         match a {
-            NONE => self.head = b,
+            NONE => queue.head = b,
             a => self.meta[a as usize].next = b,
         }
         match b {
-            NONE => self.tail = a,
+            NONE => queue.tail = a,
             b => self.meta[b as usize].previous = a,
         }
     }

@@ -461,7 +461,7 @@ impl World {
     fn check_kill(&self) {
         let mut bytes = self.file.power.lock().unwrap().live.clone();
         let old = OldArena::open(&self.dir.path().join("arena")).unwrap();
-        old.replay(|at, data| {
+        old.replay(|_, at, data| {
             bytes[at as usize..at as usize + data.len()].copy_from_slice(data);
             Ok::<(), ()>(())
         })

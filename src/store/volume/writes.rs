@@ -392,7 +392,7 @@ impl Volume {
         while self.writing < depth && !self.free.is_empty() {
             let (mut segments, mut slots) = (Vec::new(), Vec::new());
             while segments.len() < most {
-                let Some(run) = self.cache.next_run(until, RUN_MAX) else {
+                let Some(run) = self.cache.next_run(until, RUN_MAX, &|_, dirty| dirty) else {
                     break;
                 };
                 segments.push(Segment {
