@@ -70,6 +70,7 @@ mod identity;
 mod map;
 mod open;
 mod overlay;
+pub mod paths;
 
 pub use extent::{Extent, Lba, SECTOR};
 pub use file::{BlockFile, MemoryFile};
@@ -78,3 +79,4 @@ pub use identity::{Difference, Identity, Kind};
 pub use map::{Commit, Map};
 pub use open::OpenError;
 pub use overlay::{Progress, Shadow};
+pub use paths::{Found, PathError, Paths, ShadowFile};
