@@ -17,7 +17,7 @@ impl fmt::Display for Lba {
 
 /// A run of sectors whose end does not wrap: `start + count` fits a `u64`, and
 /// so do both in bytes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Extent {
     start: u64,
     count: u64,

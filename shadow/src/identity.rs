@@ -1,0 +1,168 @@
+//! Which image a shadow belongs to.
+
+use std::fmt;
+use std::fs::{File, Metadata};
+use std::io::{self, Seek, SeekFrom};
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::time::UNIX_EPOCH;
+
+use nix::sys::stat::{major, minor};
+
+use crate::format::CRC;
+
+/// What an image is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// A regular file.
+    File,
+    /// A block device.
+    Device,
+}
+
+/// What is known of an image wherever and whenever it is opened again.
+///
+/// There is no device number in it: those change from one boot to the next.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Identity {
+    /// A file or a device.
+    pub kind: Kind,
+    /// Of a file: its inode. Of a device: CRC-64/XZ of the name the kernel has
+    /// for it (wwid, uuid or serial, with the number of a partition), 0 for
+    /// none.
+    pub a: u64,
+    /// Of a file: its birth in nanoseconds since 1970, or 0 where the filesystem
+    /// does not keep it. Of a device: 0.
+    pub b: u64,
+    /// Bytes of the whole image, not of the window that is exported.
+    pub bytes: u64,
+}
+
+/// What tells two images apart.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Difference {
+    /// One is a file and the other a device.
+    Kind,
+    /// They are two files, or two devices.
+    Other,
+    /// They are one, and its size has changed; the sizes in bytes, before and
+    /// now.
+    Size(u64, u64),
+}
+
+impl fmt::Display for Difference {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Difference::Kind => f.write_str("one is a file and the other a block device"),
+            Difference::Other => f.write_str("it is of another image"),
+            Difference::Size(then, now) => {
+                write!(f, "the image had {then} bytes and has {now} now")
+            }
+        }
+    }
+}
+
+impl Identity {
+    /// Asks the kernel. The file's own position is moved; whoever reads and
+    /// writes at places does not notice.
+    ///
+    /// Fails where the file is neither a regular one nor a block device
+    /// (`InvalidInput`), or cannot be asked.
+    pub fn of(file: &File) -> io::Result<Identity> {
+        let metadata = file.metadata()?;
+        if metadata.is_file() {
+            return Ok(Identity {
+                kind: Kind::File,
+                a: metadata.ino(),
+                b: birth(&metadata),
+                bytes: metadata.len(),
+            });
+        }
+        if !metadata.file_type().is_block_device() {
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidInput,
+                "neither a regular file nor a block device",
+            ));
+        }
+        let mut file = file;
+        Ok(Identity {
+            kind: Kind::Device,
+            a: device_name(metadata.rdev()),
+            b: 0,
+            bytes: file.seek(SeekFrom::End(0))?,
+        })
+    }
+
+    /// What tells the image of a shadow (`self`) from the one that is there
+    /// `now`; `None` if they are the same.
+    pub fn difference(&self, now: &Identity) -> Option<Difference> {
+        if self.kind != now.kind {
+            Some(Difference::Kind)
+        } else if (self.a, self.b) != (now.a, now.b) {
+            Some(Difference::Other)
+        } else if self.bytes != now.bytes {
+            Some(Difference::Size(self.bytes, now.bytes))
+        } else {
+            None
+        }
+    }
+}
+
+fn birth(metadata: &Metadata) -> u64 {
+    let born = metadata.created().ok();
+    let since = born.and_then(|t| t.duration_since(UNIX_EPOCH).ok());
+    since.map_or(0, |t| u64::try_from(t.as_nanos()).unwrap_or(0))
+}
+
+/// A number made of what sysfs calls a device by, whatever number it has in
+/// this boot.
+fn device_name(device: u64) -> u64 {
+    let node = format!("/sys/dev/block/{}:{}", major(device), minor(device));
+    let text = |name: &str| {
+        let text = std::fs::read_to_string(format!("{node}/{name}")).ok()?;
+        let text = text.trim();
+        (!text.is_empty()).then(|| text.to_owned())
+    };
+    // NVMe, SCSI, device mapper, RAID, virtio; and the same of the disk that
+    // a partition lies on.
+    let names = ["wwid", "device/wwid", "dm/uuid", "md/uuid", "serial"];
+    let own = names.iter().find_map(|name| text(name));
+    let name = own.or_else(|| names.iter().find_map(|name| text(&format!("../{name}"))));
+    let Some(name) = name else { return 0 };
+    let partition = text("partition").unwrap_or_default();
+    let mut digest = CRC.digest();
+    digest.update(name.as_bytes());
+    digest.update(&[0]);
+    digest.update(partition.as_bytes());
+    digest.finalize()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_keeps_its_identity_and_another_has_another() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a");
+        let make = |name: &str, len| {
+            let file = File::create(dir.path().join(name)).unwrap();
+            file.set_len(len).unwrap();
+            file
+        };
+        let first = Identity::of(&make("a", 1000)).unwrap();
+        assert_eq!((first.kind, first.bytes), (Kind::File, 1000));
+        let again = Identity::of(&File::open(&path).unwrap()).unwrap();
+        assert_eq!(first.difference(&again), None);
+        let other = Identity::of(&make("b", 1000)).unwrap();
+        assert_eq!(first.difference(&other), Some(Difference::Other));
+        File::options()
+            .write(true)
+            .open(&path)
+            .unwrap()
+            .set_len(1024)
+            .unwrap();
+        let grown = Identity::of(&File::open(&path).unwrap()).unwrap();
+        assert_eq!(first.difference(&grown), Some(Difference::Size(1000, 1024)));
+        assert!(Identity::of(&File::open("/dev/null").unwrap()).is_err());
+    }
+}

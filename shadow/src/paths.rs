@@ -1,0 +1,341 @@
+//! The names a shadow has in its life, and the steps from one to the next.
+//!
+//! `PATH.new` while the image is brought to the instant of the freeze; `PATH`
+//! once the image is still, which is what a backup waits for; `PATH.cut` when a
+//! thaw that nobody ordered is going to touch the image.
+
+use std::ffi::OsString;
+use std::fmt;
+use std::fs::{self, File, OpenOptions};
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+use nix::fcntl::{AT_FDCWD, FcntlArg, RenameFlags, fcntl, renameat2};
+use nix::libc;
+
+use crate::file::BlockFile;
+use crate::format::Spec;
+use crate::open::OpenError;
+use crate::overlay::Shadow;
+
+/// How long a lock that someone holds is asked for again: io_uring may keep a
+/// dead process's file open for a moment.
+const LOCK_PATIENCE: Duration = Duration::from_secs(2);
+const LOCK_RETRY: Duration = Duration::from_millis(20);
+/// The length of a file of holes that a filesystem is tried with.
+const PROBE: u64 = 4 << 20;
+/// The most bytes that such a file may take.
+const PROBE_MAX: u64 = 256 << 10;
+
+/// The three names of a shadow.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Paths {
+    /// Before the image is still.
+    pub new: PathBuf,
+    /// While it is, and through a thaw that was ordered.
+    pub shadow: PathBuf,
+    /// From the moment the image is no longer still without an order.
+    pub cut: PathBuf,
+}
+
+impl Paths {
+    /// The names of the shadow that an operator calls `path`.
+    pub fn of(path: &Path) -> Paths {
+        let with = |end: &str| {
+            let mut name = OsString::from(path);
+            name.push(end);
+            PathBuf::from(name)
+        };
+        Paths {
+            new: with(".new"),
+            shadow: path.to_owned(),
+            cut: with(".cut"),
+        }
+    }
+}
+
+/// Under which name a shadow was found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Found {
+    /// `PATH.new`
+    New,
+    /// `PATH`
+    Plain,
+    /// `PATH.cut`
+    Cut,
+}
+
+impl Found {
+    /// The path of that name.
+    pub fn path(self, paths: &Paths) -> &Path {
+        match self {
+            Found::New => &paths.new,
+            Found::Plain => &paths.shadow,
+            Found::Cut => &paths.cut,
+        }
+    }
+}
+
+/// Which of the names are there, whatever they are.
+pub fn find(paths: &Paths) -> io::Result<Vec<Found>> {
+    let mut found = Vec::new();
+    for name in [Found::New, Found::Plain, Found::Cut] {
+        match fs::symlink_metadata(name.path(paths)) {
+            Ok(_) => found.push(name),
+            Err(e) if e.kind() == io::ErrorKind::NotFound => {}
+            Err(e) => return Err(e),
+        }
+    }
+    Ok(found)
+}
+
+/// A shadow's file: a regular one, locked as a whole as long as this is open.
+#[derive(Debug)]
+pub struct ShadowFile(File);
+
+impl ShadowFile {
+    /// Bytes of the disk that it takes.
+    pub fn allocated(&self) -> io::Result<u64> {
+        Ok(self.0.metadata()?.blocks() * 512)
+    }
+
+    /// The file itself, with the lock.
+    pub fn into_file(self) -> File {
+        self.0
+    }
+
+    /// Locks a file as a whole, against everyone who locks it so.
+    fn lock(file: File) -> Result<ShadowFile, Trouble> {
+        let deadline = Instant::now() + LOCK_PATIENCE;
+        while !ShadowFile::try_lock(&file)? {
+            if Instant::now() >= deadline {
+                return Err(Trouble::Locked);
+            }
+            std::thread::sleep(LOCK_RETRY);
+        }
+        Ok(ShadowFile(file))
+    }
+
+    fn try_lock(file: &File) -> Result<bool, Trouble> {
+        let lock = libc::flock {
+            l_type: libc::F_WRLCK as libc::c_short,
+            l_whence: libc::SEEK_SET as libc::c_short,
+            l_start: 0,
+            l_len: 0,
+            l_pid: 0,
+        };
+        match fcntl(file, FcntlArg::F_OFD_SETLK(&lock)) {
+            Ok(_) => Ok(true),
+            Err(Errno::EAGAIN | Errno::EACCES) => Ok(false),
+            Err(e) => Err(Trouble::System("locking it", e.into())),
+        }
+    }
+}
+
+impl AsFd for ShadowFile {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
+impl BlockFile for ShadowFile {
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
+        self.0.read_at(buf, offset)
+    }
+
+    fn write_at(&self, data: &[u8], offset: u64) -> io::Result<()> {
+        self.0.write_at(data, offset)
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        self.0.sync()
+    }
+
+    fn zero(&self, offset: u64, len: u64) -> io::Result<()> {
+        self.0.zero(offset, len)
+    }
+
+    fn next_data(&self, offset: u64) -> io::Result<Option<u64>> {
+        self.0.next_data(offset)
+    }
+}
+
+/// Why a shadow cannot be made, opened or moved; the message names the file and
+/// the remedy.
+#[derive(Debug)]
+pub struct PathError {
+    /// The file.
+    pub path: PathBuf,
+    /// Why.
+    pub why: Trouble,
+}
+
+/// What is wrong with the file of a shadow.
+#[derive(Debug)]
+pub enum Trouble {
+    /// Something has this name already.
+    Exists,
+    /// There is none.
+    Missing,
+    /// It is no regular file.
+    NotAFile,
+    /// Another process has it locked.
+    Locked,
+    /// Its filesystem keeps no holes, so it would take the whole window.
+    NoHoles,
+    /// Its filesystem does not take a file of so many bytes.
+    TooLarge(u64),
+    /// It cannot be used as a shadow.
+    Open(OpenError),
+    /// A system call failed, and which.
+    System(&'static str, io::Error),
+}
+
+impl fmt::Display for PathError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "shadow {}: ", self.path.display())?;
+        match &self.why {
+            Trouble::Exists => f.write_str("there is a file of this name; move it away"),
+            Trouble::Missing => f.write_str("there is none; correct the path"),
+            Trouble::NotAFile => f.write_str("is no regular file; give another path"),
+            Trouble::Locked => f.write_str("another process has it open; stop that one first"),
+            Trouble::NoHoles => f.write_str(
+                "its filesystem cannot keep holes in a file; give a path on one that can, such as \
+                 ext4, xfs or btrfs",
+            ),
+            Trouble::TooLarge(bytes) => write!(
+                f,
+                "its filesystem does not take a file of {bytes} bytes, holes as they are; give a \
+                 path on another"
+            ),
+            Trouble::Open(e) => write!(f, "{e}"),
+            Trouble::System(what, e) => {
+                write!(f, "{what}: {e}")?;
+                match e.kind() {
+                    io::ErrorKind::PermissionDenied => f.write_str("; run as who may write it"),
+                    io::ErrorKind::ReadOnlyFilesystem => {
+                        f.write_str("; give a path on a filesystem that takes writes")
+                    }
+                    io::ErrorKind::StorageFull => f.write_str("; make room there"),
+                    io::ErrorKind::NotFound => f.write_str("; make its directory"),
+                    _ => Ok(()),
+                }
+            }
+        }
+    }
+}
+
+impl std::error::Error for PathError {}
+
+fn at(path: &Path) -> impl Fn(Trouble) -> PathError + '_ {
+    |why| PathError {
+        path: path.to_owned(),
+        why,
+    }
+}
+
+/// Makes `PATH.new`: locked, of its full length and all holes, with its header
+/// and its name on stable storage. What has that name already is left alone.
+///
+/// What was made is taken away again if a step fails.
+pub fn create(paths: &Paths, spec: &Spec) -> Result<Shadow<ShadowFile>, PathError> {
+    let path = paths.new.as_path();
+    let mut how = OpenOptions::new();
+    how.read(true).write(true).create_new(true).mode(0o600);
+    let file = how.open(path).map_err(|e| match e.kind() {
+        io::ErrorKind::AlreadyExists => at(path)(Trouble::Exists),
+        _ => at(path)(Trouble::System("making it", e)),
+    })?;
+    fill(file, path, spec).map_err(|why| {
+        // The first error is the one to tell.
+        let _ = fs::remove_file(path);
+        at(path)(why)
+    })
+}
+
+fn fill(file: File, path: &Path, spec: &Spec) -> Result<Shadow<ShadowFile>, Trouble> {
+    let step = |what| move |e| Trouble::System(what, e);
+    let ShadowFile(file) = ShadowFile::lock(file)?;
+    // A small file first: a filesystem without holes would fill the large one.
+    file.set_len(PROBE).map_err(step("giving it a length"))?;
+    let taken = file.metadata().map_err(step("looking at it"))?.blocks() * 512;
+    if taken > PROBE_MAX {
+        return Err(Trouble::NoHoles);
+    }
+    let len = spec.geometry.data_end();
+    file.set_len(len).map_err(|e| match e.raw_os_error() {
+        Some(libc::EFBIG | libc::EINVAL) => Trouble::TooLarge(len),
+        _ => Trouble::System("giving it a length", e),
+    })?;
+    let shadow = Shadow::create(ShadowFile(file), spec).map_err(step("writing its header"))?;
+    // The name last: a crash before leaves no file, or one without a header,
+    // and nobody has been told of it.
+    sync_directory(path).map_err(step("syncing its directory"))?;
+    Ok(shadow)
+}
+
+/// Opens a shadow and locks it. Nothing is written, whatever it is.
+pub fn open(path: &Path) -> Result<Shadow<ShadowFile>, PathError> {
+    let (file, len) = lock(path)?;
+    Shadow::open(file, len).map_err(|e| at(path)(Trouble::Open(e)))
+}
+
+/// Opens the file of a shadow and locks it, without looking at what it holds;
+/// its length in bytes comes with it.
+pub fn lock(path: &Path) -> Result<(ShadowFile, u64), PathError> {
+    let step = |what| move |e| at(path)(Trouble::System(what, e));
+    // Looked at before it is opened: opening a device or a pipe may do
+    // something, or wait.
+    let metadata = fs::metadata(path).map_err(|e| match e.kind() {
+        io::ErrorKind::NotFound => at(path)(Trouble::Missing),
+        _ => step("looking at it")(e),
+    })?;
+    if !metadata.is_file() {
+        return Err(at(path)(Trouble::NotAFile));
+    }
+    let file = OpenOptions::new().read(true).write(true).open(path);
+    let file = file.map_err(step("opening it"))?;
+    let file = ShadowFile::lock(file).map_err(at(path))?;
+    // Only with the lock is the length what it will be.
+    let metadata = file.0.metadata().map_err(step("looking at it"))?;
+    if !metadata.is_file() {
+        return Err(at(path)(Trouble::NotAFile));
+    }
+    Ok((file, metadata.len()))
+}
+
+/// Gives a shadow its next name, and syncs the directory. Something that has
+/// that name already is never replaced: `AlreadyExists`.
+pub fn rename(from: &Path, to: &Path) -> io::Result<()> {
+    let flags = RenameFlags::RENAME_NOREPLACE;
+    match renameat2(AT_FDCWD, from, AT_FDCWD, to, flags) {
+        Ok(()) => {}
+        // The filesystem does not know how. A link does not replace either; a
+        // crash between the two leaves both names on one file.
+        Err(Errno::EINVAL | Errno::ENOSYS) => {
+            fs::hard_link(from, to)?;
+            fs::remove_file(from)?;
+        }
+        Err(e) => return Err(e.into()),
+    }
+    sync_directory(to)
+}
+
+/// Takes a shadow away, and syncs the directory.
+pub fn remove(path: &Path) -> io::Result<()> {
+    fs::remove_file(path)?;
+    sync_directory(path)
+}
+
+/// Brings the names in the directory of `path` to stable storage.
+pub fn sync_directory(path: &Path) -> io::Result<()> {
+    let parent = path.parent().filter(|p| !p.as_os_str().is_empty());
+    File::open(parent.unwrap_or(Path::new(".")))?.sync_all()
+}
+
+#[cfg(test)]
+mod tests;
