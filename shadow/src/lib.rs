@@ -71,6 +71,7 @@ mod map;
 mod open;
 mod overlay;
 pub mod paths;
+pub mod trial;
 
 pub use extent::{Extent, Lba, SECTOR};
 pub use file::{BlockFile, MemoryFile};
