@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use crc::{CRC_64_XZ, Crc, Table};
 
-use crate::extent::{Extent, Lba, SECTOR};
+use crate::extent::{Extent, SECTOR};
 use crate::identity::{Identity, Kind};
 
 /// The checksum of everything, with tables large enough not to be felt when a
@@ -211,8 +211,7 @@ impl Geometry {
         let (first, end) = self.chunks_of_page(page);
         let (from, _) = self.within(first);
         let (last, len) = self.within(end - 1);
-        let count = (last + len - from) / SECTOR;
-        Extent::new(Lba(from / SECTOR), count).unwrap_or_default()
+        Extent::from_bytes(from, last + len - from)
     }
 }
 
@@ -507,6 +506,7 @@ fn get64(bytes: &[u8; PAGE], at: usize) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::extent::Lba;
     use proptest::prelude::*;
 
     fn spec() -> Spec {

@@ -9,8 +9,8 @@ use std::time::Instant;
 
 use proptest::prelude::*;
 use shadow::{
-    BlockFile, Chunk, Extent, Geometry, Identity, Kind, Lba, MemoryFile, OpenError, SECTOR, Shadow,
-    Spec, State,
+    BlockFile, Chunk, Extent, Geometry, Identity, Kind, Lba, MemoryFile, OpenError, Other, SECTOR,
+    Shadow, Spec, State,
 };
 
 const PAGE_CHUNKS: u64 = 16320;
@@ -220,6 +220,33 @@ fn a_header_of_a_huge_disk_takes_no_memory() {
     file.write_at(&page.bytes, page.offset).unwrap();
     let opened = open(file).unwrap();
     assert_eq!(opened.map().present(), 0);
+}
+
+#[test]
+fn a_check_sees_what_opening_passes_over() {
+    let report = |flips: &[u64]| {
+        let file = shadow().into_parts().0;
+        for at in flips {
+            file.flip(*at, 1);
+        }
+        shadow::check(&file, file.len)
+    };
+    let whole = report(&[]).unwrap();
+    assert_eq!((whole.pages, whole.findings.len()), (3, 0));
+    let found = report(&[0, 8192, 2 * 8192, 2 * 8192 + 4096])
+        .unwrap()
+        .findings;
+    let places: Vec<_> = found.iter().map(|f| (f.page, f.copy, f.other)).collect();
+    let lost = |copy| (Some(1), copy, Other::Damaged);
+    let whole = |page| (page, 0, Other::Whole);
+    assert_eq!(places, [whole(None), whole(Some(0)), lost(0), lost(1)]);
+    let torn = report(&[8192 + 4096]).unwrap().findings;
+    assert_eq!(torn[0].other, Other::Never);
+    let sectors = PAGE_CHUNKS * 8;
+    let line = found[2].to_string();
+    let name = format!("bitmap page 1 ({sectors} sectors at LBA {sectors} of the image), copy 0");
+    assert!(line.starts_with(&name), "{line}");
+    assert!(matches!(report(&[0, 4096]), Err(OpenError::NotAShadow)));
 }
 
 proptest! {
