@@ -295,8 +295,12 @@ impl<F: BlockFile> Shadow<F> {
             if room == 0 && merged > 0 {
                 break;
             }
-            let room = room.clamp(1, PIECE / geometry.chunk());
-            let (state, count) = self.map.run(chunk, chunk + room);
+            let (state, count) = self.map.run(chunk, chunk.saturating_add(room.max(1)));
+            let count = match state {
+                Chunk::Data => count.min(PIECE / geometry.chunk()),
+                // Zeros take no buffer.
+                _ => count,
+            };
             let (start, _) = geometry.within(chunk);
             let (last, len) = geometry.within(chunk + count - 1);
             let bytes = last + len - start;

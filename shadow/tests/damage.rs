@@ -247,6 +247,8 @@ fn a_check_sees_what_opening_passes_over() {
     let name = format!("bitmap page 1 ({sectors} sectors at LBA {sectors} of the image), copy 0");
     assert!(line.starts_with(&name), "{line}");
     assert!(matches!(report(&[0, 4096]), Err(OpenError::NotAShadow)));
+    assert!(matches!(report(&[0, 4196]), Err(OpenError::Header(_))));
+    assert!(matches!(report(&[100, 4096]), Err(OpenError::Header(_))));
 }
 
 proptest! {
@@ -321,6 +323,9 @@ fn opening_the_shadow_of_a_tebibyte() {
         file.sync_all().unwrap();
         let present = map.present();
         drop(map);
+        // From the disk, not from the page cache.
+        let advice = nix::fcntl::PosixFadviseAdvice::POSIX_FADV_DONTNEED;
+        nix::fcntl::posix_fadvise(&file, 0, 0, advice).unwrap();
         let before = memory("VmRSS");
         let begin = Instant::now();
         let opened = Shadow::open(file, len).unwrap();

@@ -9,7 +9,7 @@ use std::process::{Command, Output};
 use std::time::UNIX_EPOCH;
 
 use shadow::paths::{self, Paths};
-use shadow::{Chunk, Geometry, Identity, SECTOR, Shadow, ShadowFile, Spec, State};
+use shadow::{Chunk, Geometry, Identity, Kind, SECTOR, Shadow, ShadowFile, Spec, State};
 
 const START: u64 = 3 * SECTOR;
 const LEN: u64 = 2_000 * SECTOR;
@@ -446,4 +446,127 @@ fn the_page_of_the_manual_has_every_option() {
             );
         }
     }
+}
+
+#[test]
+fn killed_anywhere_it_is_taken_up_again() {
+    let mut scene = Scene::new();
+    let big: u64 = 96 << 20;
+    let image = File::options()
+        .write(true)
+        .open(scene.path("image"))
+        .unwrap();
+    image.set_len(big).unwrap();
+    let spec = Spec {
+        uuid: [0x43; 16],
+        generation: 1,
+        geometry: Geometry::new(4096, 0, big).unwrap(),
+        identity: Identity::of(&image).unwrap(),
+    };
+    scene.expected.resize(big as usize, 0);
+    let mut shadow = paths::create(&Paths::of(&scene.path("s")), &spec).unwrap();
+    for at in (0..big - (1 << 20)).step_by(1 << 20) {
+        let data = vec![(at >> 20) as u8 | 1; 700_000];
+        shadow.write(&scene.image(), at + 5000, &data).unwrap();
+        scene.expected[at as usize + 5000..at as usize + 705_000].copy_from_slice(&data);
+    }
+    shadow.sync().unwrap();
+    drop(shadow);
+    let mut kills = 0;
+    for wait in 1.. {
+        let name = ["s.new", "s.cut"]
+            .into_iter()
+            .find(|name| scene.path(name).exists());
+        let Some(name) = name else { break };
+        let mut child = Command::new(env!("CARGO_BIN_EXE_aoede-shadow"))
+            .current_dir(scene.dir.path())
+            .args(["merge", "--state-dir", "state", name, "image"])
+            .stdout(std::process::Stdio::null())
+            .spawn()
+            .unwrap();
+        std::thread::sleep(std::time::Duration::from_millis(wait * 3));
+        let ended = child.try_wait().unwrap();
+        child.kill().unwrap();
+        child.wait().unwrap();
+        if ended.is_none() {
+            kills += 1;
+        }
+        assert!(ended.is_none_or(|status| status.success()));
+    }
+    assert!(kills > 0);
+    scene.assert_merged();
+}
+
+/// A loop device over the image, gone with this.
+struct Loop(String);
+
+impl Drop for Loop {
+    fn drop(&mut self) {
+        let _ = Command::new("losetup").args(["-d", &self.0]).status();
+    }
+}
+
+/// A loop device with large sectors, or `None` where there can be none.
+fn loop_device(image: &Path) -> Option<Loop> {
+    let complete = std::env::var_os("AOEDE_TESTS_COMPLETE").is_some_and(|v| v == "1");
+    let mut losetup = Command::new("losetup");
+    let losetup = losetup
+        .args(["--find", "--show", "--sector-size", "4096"])
+        .arg(image);
+    match losetup.output() {
+        Ok(output) if output.status.success() => Some(Loop(text(&output.stdout).trim().to_owned())),
+        other => {
+            assert!(
+                !complete,
+                "a merge into a device needs root and losetup: {other:?}"
+            );
+            eprintln!("left out: a merge into a device: needs root and losetup");
+            None
+        }
+    }
+}
+
+#[test]
+fn a_device_is_merged_into_while_nobody_has_it() {
+    let mut scene = Scene::new();
+    // Whole blocks, which is what a device has.
+    let bytes = IMAGE.next_multiple_of(4096);
+    let file = File::options()
+        .write(true)
+        .open(scene.path("image"))
+        .unwrap();
+    file.set_len(bytes).unwrap();
+    scene.expected.resize(bytes as usize, 0);
+    let Some(device) = loop_device(&scene.path("image")) else {
+        return;
+    };
+    let spec = Spec {
+        uuid: [0x44; 16],
+        generation: 1,
+        geometry: Geometry::new(4096, START, LEN).unwrap(),
+        identity: Identity::of(&File::open(&device.0).unwrap()).unwrap(),
+    };
+    assert_eq!(
+        (spec.identity.kind, spec.identity.bytes),
+        (Kind::Device, bytes)
+    );
+    let image = File::open(&device.0).unwrap();
+    let mut shadow = paths::create(&Paths::of(&scene.path("s")), &spec).unwrap();
+    shadow.write(&image, START, &[2; 700]).unwrap();
+    scene.expected[START as usize..START as usize + 700].fill(2);
+    shadow.forget(&image, 90_000, 123_456).unwrap();
+    scene.expected[90_000..90_000 + 123_456].fill(0);
+    shadow.sync().unwrap();
+    drop((shadow, image));
+    // As a target has it.
+    let mut how = File::options();
+    std::os::unix::fs::OpenOptionsExt::custom_flags(&mut how, nix::libc::O_EXCL);
+    let held = how.read(true).write(true).open(&device.0).unwrap();
+    let line = scene.bad(&["merge", "s.new", &device.0]);
+    assert!(line.contains("the device is in use"), "{line}");
+    drop(held);
+    scene.good(&["check", "s.new", &device.0]);
+    scene.good(&["merge", "s.new", &device.0]);
+    drop(device);
+    scene.assert_merged();
 }

@@ -148,11 +148,15 @@ fn identity(identity: &Identity) -> String {
     let bytes = identity.bytes;
     match identity.kind {
         Kind::File if identity.b == 0 => format!("file of {bytes} bytes, inode {}", identity.a),
-        Kind::File => format!(
-            "file of {bytes} bytes, inode {}, made {} ns after 1970 began",
-            identity.a, identity.b
+        Kind::File => {
+            let (seconds, rest) = (identity.b / 1_000_000_000, identity.b % 1_000_000_000);
+            let inode = identity.a;
+            format!("file of {bytes} bytes, inode {inode}, born {seconds}.{rest:09}")
+        }
+        Kind::Device => format!(
+            "device of {bytes} bytes, sum of its name {:016x}",
+            identity.a
         ),
-        Kind::Device => format!("device of {bytes} bytes, name's sum {:016x}", identity.a),
     }
 }
 

@@ -13,7 +13,7 @@ use crate::progress::Bar;
 use crate::{Trouble, human, look, records, say};
 
 /// Bytes between two syncs.
-const BUDGET: u64 = 32 << 20;
+const BUDGET: u64 = 64 << 20;
 
 /// What was typed.
 #[derive(Debug, clap::Args)]
