@@ -121,6 +121,18 @@ impl Scene {
     }
 }
 
+/// Locks bytes as a target does; to the end for 0 of them.
+fn lock(file: &File, start: u64, len: u64) {
+    let lock = nix::libc::flock {
+        l_type: nix::libc::F_WRLCK as i16,
+        l_whence: nix::libc::SEEK_SET as i16,
+        l_start: start as i64,
+        l_len: len as i64,
+        l_pid: 0,
+    };
+    nix::fcntl::fcntl(file, nix::fcntl::FcntlArg::F_OFD_SETLK(&lock)).unwrap();
+}
+
 fn text(bytes: &[u8]) -> String {
     String::from_utf8(bytes.to_vec()).unwrap()
 }
@@ -250,14 +262,7 @@ fn what_a_target_has_locked_is_left_alone() {
         .write(true)
         .open(scene.path("image"))
         .unwrap();
-    let lock = nix::libc::flock {
-        l_type: nix::libc::F_WRLCK as i16,
-        l_whence: nix::libc::SEEK_SET as i16,
-        l_start: START as i64,
-        l_len: 0,
-        l_pid: 0,
-    };
-    nix::fcntl::fcntl(&image, nix::fcntl::FcntlArg::F_OFD_SETLK(&lock)).unwrap();
+    lock(&image, START, 0);
     let line = scene.bad(&["merge", "s.new", "image"]);
     assert!(line.contains("image image: a target serves it"), "{line}");
     scene.assert_untouched();
@@ -302,9 +307,19 @@ fn an_arena_of_this_boot_goes_first() {
     let line = scene.bad(&["merge", "s", "image"]);
     assert!(line.contains("x.arena.toml: it cannot be read"), "{line}");
     scene.assert_untouched();
-    // Another boot's is lost, and another window's does not matter.
+    // One of another window counts as well, unless its target lives.
     record(&boot, START + LEN, 4096);
+    let line = scene.bad(&["merge", "s", "image"]);
+    assert!(line.contains("/run/aoede/x.arena"), "{line}");
+    let target = File::options()
+        .read(true)
+        .write(true)
+        .open(scene.path("image"))
+        .unwrap();
+    lock(&target, START + LEN, 4096);
     scene.good(&["merge", "--dry-run", "s", "image"]);
+    drop(target);
+    // Another boot's is lost.
     record(&"0".repeat(32), START, LEN);
     scene.good(&["merge", "s", "image"]);
     scene.assert_merged();

@@ -95,8 +95,18 @@ impl Image {
     pub fn open(path: &Path, window: &Geometry, shadow: &Metadata) -> Result<Image, ImageError> {
         let image = Image::open_as(path, true).map_err(at(path))?;
         image.is_not(shadow)?;
-        patiently(|| lock(&image.file, window)).map_err(at(path))?;
+        patiently(|| lock(&image.file, window.start(), window.len())).map_err(at(path))?;
         Ok(image)
+    }
+
+    /// Whether a target that lives has these bytes of it; if none has, they are
+    /// ours from now on.
+    pub fn is_served(&self, start: u64, len: u64) -> Result<bool, ImageError> {
+        match patiently(|| lock(&self.file, start, len)) {
+            Ok(()) => Ok(false),
+            Err(Why::Locked) => Ok(true),
+            Err(why) => Err(at(&self.path)(why)),
+        }
     }
 
     fn open_as(path: &Path, write: bool) -> Result<Image, Why> {
@@ -180,13 +190,14 @@ fn patiently<T>(mut f: impl FnMut() -> Result<T, Why>) -> Result<T, Why> {
     }
 }
 
-fn lock(file: &File, window: &Geometry) -> Result<(), Why> {
-    // A geometry ends where a file may end, so both fit.
+fn lock(file: &File, start: u64, len: u64) -> Result<(), Why> {
+    let offset = |n: u64| libc::off_t::try_from(n).unwrap_or(libc::off_t::MAX);
+    let start = offset(start);
     let lock = libc::flock {
         l_type: libc::F_WRLCK as libc::c_short,
         l_whence: libc::SEEK_SET as libc::c_short,
-        l_start: window.start() as libc::off_t,
-        l_len: window.len() as libc::off_t,
+        l_start: start,
+        l_len: offset(len).min(libc::off_t::MAX - start),
         l_pid: 0,
     };
     match fcntl(file, FcntlArg::F_OFD_SETLK(&lock)) {

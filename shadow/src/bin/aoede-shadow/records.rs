@@ -12,6 +12,7 @@ use std::time::UNIX_EPOCH;
 use shadow::paths::remove;
 use shadow::{Found, Geometry, Identity, Kind};
 
+use crate::Trouble;
 use crate::image::Image;
 
 /// Why a record stands in the way.
@@ -40,7 +41,7 @@ impl fmt::Display for RecordError {
             Why::Arena(arena) => write!(
                 f,
                 "arena {arena} holds writes of a target of this image that died, which belong over \
-                 the shadow; start aoede once with the image and its -f, or give them up with its \
+                 what is merged; start aoede once as it was, or give them up with its \
                  --discard-arena"
             ),
         }
@@ -133,14 +134,18 @@ fn unquote(value: &str) -> Option<String> {
     Some(out)
 }
 
-/// Refuses where an arena of this boot holds writes to the window of a shadow:
-/// of the image that is there, or of the one that the shadow was made for.
+/// Refuses where a target of this boot has left an arena: of the image that is
+/// there, or of the one that the shadow was made for.
+///
+/// Also one of another window: a target brings an arena to no image that someone
+/// else has changed since, and that would be us. Who lives has its window locked,
+/// and knows what it has in its arena.
 pub fn no_arena(
     directory: &Path,
     image: &Image,
     made_for: &Identity,
     window: &Geometry,
-) -> Result<(), RecordError> {
+) -> Result<(), Trouble> {
     let boot = boot_id();
     for (path, text) in records(directory, ".arena.toml")? {
         let unreadable = || RecordError {
@@ -160,14 +165,24 @@ pub fn no_arena(
             Some(([number("boot_high")?, number("boot_low")?], of))
         };
         let (its_boot, arena) = read().ok_or_else(unreadable)?;
-        let concerned = arena.is_of(image) || arena.was_of(made_for);
         // The memory of another boot is gone, and is never replayed.
-        if its_boot == boot && concerned && arena.overlaps(window) {
+        if its_boot != boot {
+            continue;
+        }
+        let waits = if arena.overlaps(window) {
+            // We have its window, so its target is dead.
+            arena.is_of(image) || arena.was_of(made_for)
+        } else {
+            arena.is_of(image) && !image.is_served(arena.start, arena.len)?
+        };
+        if waits {
             let name = values.get("arena").cloned();
+            let name = name.unwrap_or_else(|| path.display().to_string());
             return Err(RecordError {
                 path: path.clone(),
-                why: Why::Arena(name.unwrap_or_else(|| path.display().to_string())),
-            });
+                why: Why::Arena(name),
+            }
+            .into());
         }
     }
     Ok(())
