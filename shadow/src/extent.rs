@@ -35,6 +35,17 @@ impl Extent {
         })
     }
 
+    /// The sectors of `len` bytes from byte `at` on, both multiples of 512; of
+    /// others, the sectors that lie in them.
+    pub(crate) fn from_bytes(at: u64, len: u64) -> Extent {
+        let start = at.div_ceil(SECTOR);
+        let end = at.saturating_add(len) / SECTOR;
+        Extent {
+            start,
+            count: end.saturating_sub(start),
+        }
+    }
+
     /// The first sector.
     pub fn start(self) -> Lba {
         Lba(self.start)

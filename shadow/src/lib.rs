@@ -63,6 +63,7 @@
 #![forbid(unsafe_code)]
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
+mod check;
 mod extent;
 mod file;
 mod format;
@@ -71,7 +72,9 @@ mod map;
 mod open;
 mod overlay;
 pub mod paths;
+pub mod trial;
 
+pub use check::{Finding, Other, Report, check};
 pub use extent::{Extent, Lba, SECTOR};
 pub use file::{BlockFile, MemoryFile};
 pub use format::{Chunk, Geometry, Page, Spec, State, VERSION, header_page};

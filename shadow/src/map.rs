@@ -316,6 +316,26 @@ impl Map {
         commit
     }
 
+    /// The pages as they are, each in the place that it came from.
+    ///
+    /// A process whose sync failed may have left pages that reads show and the
+    /// disk does not have. Written again and synced, before any other change,
+    /// they are there, whatever was.
+    pub fn pages_as_they_are(&self) -> impl Iterator<Item = Page> + '_ {
+        let groups = self.groups.iter().zip(0..).filter_map(|(group, number)| {
+            let group = group.as_ref()?;
+            Some(group.iter().zip(number * GROUP..))
+        });
+        let written = groups.flatten().filter(|(slot, _)| slot.sequence > 0);
+        written.map(|(slot, number)| {
+            let page = BitmapPage {
+                sequence: slot.sequence,
+                planes: self.planes(number),
+            };
+            page.write(&self.uuid, number)
+        })
+    }
+
     /// Ends a commit. With `ok`, all of its pages are on stable storage, and the
     /// map says what they say. Without, they may be there, torn or not: the map
     /// stays as it was, the other copies stand, and the next plan writes these

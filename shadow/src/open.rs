@@ -116,10 +116,13 @@ pub(crate) fn choose_header(copies: [Copied<Header>; 2]) -> Result<Header, OpenE
         [Version(v), _] | [_, Version(v)] => Err(OpenError::Version(v)),
         [Valid(a), _] | [_, Valid(a)] => Ok(a),
         [Never, Never] => Err(OpenError::Blank),
-        [Damaged(why), _] | [_, Damaged(why)] => Err(if why == Header::FOREIGN {
-            OpenError::NotAShadow
-        } else {
-            OpenError::Header(why)
+        // A copy that begins as a header should speaks for a shadow.
+        [Damaged(Header::FOREIGN), Damaged(why)]
+        | [Damaged(why), Damaged(_)]
+        | [Damaged(why), Never]
+        | [Never, Damaged(why)] => Err(match why {
+            Header::FOREIGN => OpenError::NotAShadow,
+            why => OpenError::Header(why),
         }),
     }
 }

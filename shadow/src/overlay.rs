@@ -123,6 +123,25 @@ impl<F: BlockFile> Shadow<F> {
         (self.file, self.spec, self.state, self.sequence, self.map)
     }
 
+    /// Writes header and bitmap again as they are, and syncs. For who goes on
+    /// with a shadow that another process has left: if a sync of that one
+    /// failed, what we have read may not be on the disk, and the next change of
+    /// a page would overwrite the only copy that is.
+    pub fn confirm(&mut self) -> io::Result<()> {
+        self.usable()?;
+        let header = header_page(&self.spec, self.state, self.sequence);
+        // Bytes that are there are not changed by writing them again, so that
+        // a crash can tear nothing that counts.
+        let pages = std::iter::once(header).chain(self.map.pages_as_they_are());
+        let mut written = Ok(());
+        for page in pages {
+            written = written.and_then(|()| self.file.write_at(&page.bytes, page.offset));
+        }
+        written
+            .and_then(|()| self.file.sync())
+            .inspect_err(|_| self.failed = true)
+    }
+
     /// Says in the header, on stable storage, how far the freeze has come.
     pub fn set_state(&mut self, state: State) -> io::Result<()> {
         self.usable()?;
@@ -276,8 +295,12 @@ impl<F: BlockFile> Shadow<F> {
             if room == 0 && merged > 0 {
                 break;
             }
-            let room = room.clamp(1, PIECE / geometry.chunk());
-            let (state, count) = self.map.run(chunk, chunk + room);
+            let (state, count) = self.map.run(chunk, chunk.saturating_add(room.max(1)));
+            let count = match state {
+                Chunk::Data => count.min(PIECE / geometry.chunk()),
+                // Zeros take no buffer.
+                _ => count,
+            };
             let (start, _) = geometry.within(chunk);
             let (last, len) = geometry.within(chunk + count - 1);
             let bytes = last + len - start;

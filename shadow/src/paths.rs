@@ -4,9 +4,9 @@
 //! once the image is still, which is what a backup waits for; `PATH.cut` when a
 //! thaw that nobody ordered is going to touch the image.
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::fmt;
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, File, Metadata, OpenOptions};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
@@ -70,6 +70,23 @@ pub enum Found {
 }
 
 impl Found {
+    /// Which of the three names a path is, by its ending.
+    pub fn of(path: &Path) -> Found {
+        match path.extension().and_then(OsStr::to_str) {
+            Some("new") => Found::New,
+            Some("cut") => Found::Cut,
+            _ => Found::Plain,
+        }
+    }
+
+    /// What the operator calls the shadow that has this path now.
+    pub fn plain(path: &Path) -> PathBuf {
+        match Found::of(path) {
+            Found::Plain => path.to_owned(),
+            Found::New | Found::Cut => path.with_extension(""),
+        }
+    }
+
     /// The path of that name.
     pub fn path(self, paths: &Paths) -> &Path {
         match self {
@@ -93,6 +110,15 @@ pub fn find(paths: &Paths) -> io::Result<Vec<Found>> {
     Ok(found)
 }
 
+/// What a shadow is opened for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Access {
+    /// To be read; others may read it as well.
+    Look,
+    /// To be read and written, by us alone.
+    Change,
+}
+
 /// A shadow's file: a regular one, locked as a whole as long as this is open.
 #[derive(Debug)]
 pub struct ShadowFile(File);
@@ -103,15 +129,20 @@ impl ShadowFile {
         Ok(self.0.metadata()?.blocks() * 512)
     }
 
+    /// What the kernel says of it.
+    pub fn metadata(&self) -> io::Result<Metadata> {
+        self.0.metadata()
+    }
+
     /// The file itself, with the lock.
     pub fn into_file(self) -> File {
         self.0
     }
 
-    /// Locks a file as a whole, against everyone who locks it so.
-    fn lock(file: File) -> Result<ShadowFile, Trouble> {
+    /// Locks a file as a whole.
+    fn lock(file: File, access: Access) -> Result<ShadowFile, Trouble> {
         let deadline = Instant::now() + LOCK_PATIENCE;
-        while !ShadowFile::try_lock(&file)? {
+        while !ShadowFile::try_lock(&file, access)? {
             if Instant::now() >= deadline {
                 return Err(Trouble::Locked);
             }
@@ -120,9 +151,13 @@ impl ShadowFile {
         Ok(ShadowFile(file))
     }
 
-    fn try_lock(file: &File) -> Result<bool, Trouble> {
+    fn try_lock(file: &File, access: Access) -> Result<bool, Trouble> {
+        let kind = match access {
+            Access::Look => libc::F_RDLCK,
+            Access::Change => libc::F_WRLCK,
+        };
         let lock = libc::flock {
-            l_type: libc::F_WRLCK as libc::c_short,
+            l_type: kind as libc::c_short,
             l_whence: libc::SEEK_SET as libc::c_short,
             l_start: 0,
             l_len: 0,
@@ -222,6 +257,9 @@ impl fmt::Display for PathError {
                     }
                     io::ErrorKind::StorageFull => f.write_str("; make room there"),
                     io::ErrorKind::NotFound => f.write_str("; make its directory"),
+                    io::ErrorKind::AlreadyExists => {
+                        f.write_str("; see what has that name, and move it away")
+                    }
                     _ => Ok(()),
                 }
             }
@@ -259,7 +297,7 @@ pub fn create(paths: &Paths, spec: &Spec) -> Result<Shadow<ShadowFile>, PathErro
 
 fn fill(file: File, path: &Path, spec: &Spec) -> Result<Shadow<ShadowFile>, Trouble> {
     let step = |what| move |e| Trouble::System(what, e);
-    let ShadowFile(file) = ShadowFile::lock(file)?;
+    let ShadowFile(file) = ShadowFile::lock(file, Access::Change)?;
     // A small file first: a filesystem without holes would fill the large one.
     file.set_len(PROBE).map_err(step("giving it a length"))?;
     let taken = file.metadata().map_err(step("looking at it"))?.blocks() * 512;
@@ -278,15 +316,16 @@ fn fill(file: File, path: &Path, spec: &Spec) -> Result<Shadow<ShadowFile>, Trou
     Ok(shadow)
 }
 
-/// Opens a shadow and locks it. Nothing is written, whatever it is.
+/// Opens a shadow to change it, and locks it. Nothing is written, whatever it
+/// is. A lock that someone holds is asked for again for two seconds.
 pub fn open(path: &Path) -> Result<Shadow<ShadowFile>, PathError> {
-    let (file, len) = lock(path)?;
+    let (file, len) = lock(path, Access::Change)?;
     Shadow::open(file, len).map_err(|e| at(path)(Trouble::Open(e)))
 }
 
 /// Opens the file of a shadow and locks it, without looking at what it holds;
 /// its length in bytes comes with it.
-pub fn lock(path: &Path) -> Result<(ShadowFile, u64), PathError> {
+pub fn lock(path: &Path, access: Access) -> Result<(ShadowFile, u64), PathError> {
     let step = |what| move |e| at(path)(Trouble::System(what, e));
     // Looked at before it is opened: opening a device or a pipe may do
     // something, or wait.
@@ -297,9 +336,10 @@ pub fn lock(path: &Path) -> Result<(ShadowFile, u64), PathError> {
     if !metadata.is_file() {
         return Err(at(path)(Trouble::NotAFile));
     }
-    let file = OpenOptions::new().read(true).write(true).open(path);
-    let file = file.map_err(step("opening it"))?;
-    let file = ShadowFile::lock(file).map_err(at(path))?;
+    let mut how = OpenOptions::new();
+    how.read(true).write(access == Access::Change);
+    let file = how.open(path).map_err(step("opening it"))?;
+    let file = ShadowFile::lock(file, access).map_err(at(path))?;
     // Only with the lock is the length what it will be.
     let metadata = file.0.metadata().map_err(step("looking at it"))?;
     if !metadata.is_file() {

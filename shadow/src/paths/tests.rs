@@ -22,6 +22,11 @@ fn the_names_are_appended() {
     assert_eq!(paths.new, Path::new("/a/b.img.new"));
     assert_eq!(paths.shadow, Path::new("/a/b.img"));
     assert_eq!(paths.cut, Path::new("/a/b.img.cut"));
+    for name in [Found::New, Found::Plain, Found::Cut] {
+        let path = name.path(&paths);
+        assert_eq!(Found::of(path), name);
+        assert_eq!(Found::plain(path), paths.shadow);
+    }
 }
 
 #[test]

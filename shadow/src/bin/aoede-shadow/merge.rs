@@ -1,0 +1,162 @@
+//! `merge`: what a thaw does, where no target runs that could.
+
+use std::fmt;
+use std::io;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use shadow::paths::{self, Access, Found, PathError, Paths, Trouble as PathTrouble};
+use shadow::{BlockFile, Chunk, Shadow, ShadowFile, State};
+
+use crate::image::Image;
+use crate::progress::Bar;
+use crate::{Trouble, human, look, records, say};
+
+/// Bytes between two syncs.
+const BUDGET: u64 = 64 << 20;
+
+/// What was typed.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// The shadow, under whichever name it has now
+    shadow: PathBuf,
+    /// The image
+    image: PathBuf,
+    /// Only says what would be done
+    #[arg(long)]
+    dry_run: bool,
+    /// Takes another image than the one the shadow was made for: a copy of it
+    #[arg(long)]
+    other_image: bool,
+    /// Where aoede keeps its records
+    #[arg(long, value_name = "DIR", default_value = "/var/lib/aoede")]
+    state_dir: PathBuf,
+}
+
+/// A merge that did not come to its end.
+#[derive(Debug)]
+struct MergeError {
+    shadow: PathBuf,
+    image: PathBuf,
+    why: io::Error,
+}
+
+impl fmt::Display for MergeError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "merging {} into {}: {}; nothing is lost, both files together are whole: see to the \
+             disk and merge again",
+            self.shadow.display(),
+            self.image.display(),
+            self.why
+        )
+    }
+}
+
+impl std::error::Error for MergeError {}
+
+/// Brings all that a shadow holds to its image, and removes it.
+///
+/// May be killed anywhere and called again.
+pub fn merge(args: &Args) -> Result<ExitCode, Trouble> {
+    let access = if args.dry_run {
+        Access::Look
+    } else {
+        Access::Change
+    };
+    let step = |what| {
+        let path = args.shadow.clone();
+        move |e| PathError {
+            path,
+            why: PathTrouble::System(what, e),
+        }
+    };
+    let (file, len) = paths::lock(&args.shadow, access)?;
+    let metadata = file.metadata().map_err(step("looking at it"))?;
+    let shadow = Shadow::open(file, len).map_err(|e| PathError {
+        path: args.shadow.clone(),
+        why: PathTrouble::Open(e),
+    })?;
+    let spec = *shadow.spec();
+    let image = Image::open(&args.image, &spec.geometry, &metadata)?;
+    image.belongs(&spec.identity, &spec.geometry, args.other_image)?;
+    records::no_arena(&args.state_dir, &image, &spec.identity, &spec.geometry)?;
+
+    let data = look::bytes(shadow.map(), Chunk::Data);
+    let zeros = look::bytes(shadow.map(), Chunk::Zero);
+    let amount = format!(
+        "{} of data and {} of zeros from {} into {}",
+        human(data),
+        human(zeros),
+        args.shadow.display(),
+        args.image.display()
+    );
+    if args.dry_run {
+        say(&format!("would merge {amount}; nothing was changed"));
+        return Ok(ExitCode::SUCCESS);
+    }
+    let mut work = Work {
+        shadow,
+        path: args.shadow.clone(),
+    };
+    work.cut()?;
+    let mut bar = Bar::new(data + zeros);
+    let merged = work.run(&image, &mut bar);
+    drop(bar);
+    merged.map_err(|why| MergeError {
+        shadow: work.path.clone(),
+        image: args.image.clone(),
+        why,
+    })?;
+    // The record first: one that names a shadow which is not there stands for
+    // writes that are lost.
+    records::forget_shadow(&args.state_dir, &work.path)?;
+    paths::remove(&work.path).map_err(step("removing it"))?;
+    say(&format!("merged {amount}; the shadow is removed"));
+    Ok(ExitCode::SUCCESS)
+}
+
+struct Work {
+    shadow: Shadow<ShadowFile>,
+    path: PathBuf,
+}
+
+impl Work {
+    /// The name PATH says that the image is still, to backups that are being
+    /// made now; so it goes before the image is touched. In a thaw that was
+    /// ordered it stays until all is merged.
+    fn cut(&mut self) -> Result<(), PathError> {
+        let is_plain = Found::of(&self.path) == Found::Plain;
+        if !is_plain || self.shadow.state() == State::Thawing {
+            return Ok(());
+        }
+        let cut = Paths::of(&self.path).cut;
+        let renamed = paths::rename(&self.path, &cut);
+        renamed.map_err(|e| PathError {
+            path: self.path.clone(),
+            why: PathTrouble::System("renaming it to .cut", e),
+        })?;
+        self.path = cut;
+        Ok(())
+    }
+
+    fn run(&mut self, image: &Image, bar: &mut Bar) -> io::Result<()> {
+        self.shadow.confirm()?;
+        if self.shadow.state() != State::Thawing {
+            self.shadow.set_state(State::Thawing)?;
+        }
+        let mut merged = 0;
+        loop {
+            let progress = self.shadow.merge(&image.file, BUDGET)?;
+            merged += progress.merged;
+            bar.at(merged);
+            if progress.left_chunks == 0 {
+                break;
+            }
+        }
+        // A target that died in a thaw may have left writes to chunks that were
+        // merged before, which no merge of ours has synced.
+        BlockFile::sync(&image.file)
+    }
+}
