@@ -9,9 +9,9 @@
 //! 5  server                      one export's loop
 //! 4  target, config              what to do with a frame; what was asked for
 //! 3  store                       volume, jobs, image, saved state
-//! 2  access, drive, net          who may; ATA; interfaces
+//! 2  access, drive, freeze, net  who may; ATA; freeze orders; interfaces
 //! 1  wire, sys                   bytes and types; the kernel (all `unsafe`)
-//! 0  shadow (a crate)            extents, files
+//! 0  shadow (a crate)            extents, the shadow file
 //! ```
 //!
 //! A frame's way: `net` -> `target` -> `store` -> `target` -> `net`.
@@ -22,6 +22,7 @@ pub mod access;
 pub mod config;
 pub mod daemon;
 pub mod drive;
+pub mod freeze;
 pub mod logging;
 pub mod net;
 pub mod program;

@@ -134,6 +134,11 @@ impl ShadowFile {
         self.0.metadata()
     }
 
+    /// The file, for what only the kernel's own calls can do.
+    pub fn as_file(&self) -> &File {
+        &self.0
+    }
+
     /// The file itself, with the lock.
     pub fn into_file(self) -> File {
         self.0

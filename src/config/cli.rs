@@ -77,6 +77,10 @@ pub struct Cli {
     #[arg(long)]
     pub discard_arena: bool,
 
+    /// Give up what was written during a freeze whose shadow cannot be used
+    #[arg(long)]
+    pub discard_shadow: bool,
+
     /// Settings from a file
     #[arg(long, value_name = "FILE")]
     pub tuneup: Option<PathBuf>,

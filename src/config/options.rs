@@ -75,6 +75,8 @@ pub struct Options {
     pub run_dir: Option<PathBuf>,
     /// Give up what a dead target has left and cannot be used.
     pub discard_arena: bool,
+    /// Give up what a shadow holds.
+    pub discard_shadow: bool,
     /// The settings.
     pub tuneup: Tuneup,
     /// Where messages go, if that was said.
@@ -162,9 +164,9 @@ impl TryFrom<Cli> for Options {
         }
         let image = absolute(Path::new(image))?;
         let shadow = cli.shadow.as_deref().map(shadow_option).transpose()?;
-        if let Some(shadow) = &shadow {
-            check_shadow(shadow, &image)?;
-        }
+        let shadow = shadow
+            .map(|shadow| check_shadow(shadow, &image))
+            .transpose()?;
         let mut tuneup = Tuneup::default();
         if let Some(path) = &cli.tuneup {
             tuneup.load(path).map_err(ConfigError::Tuneup)?;
@@ -194,6 +196,7 @@ impl TryFrom<Cli> for Options {
             state_dir: absolute(&cli.state_dir)?,
             run_dir: cli.run_dir.as_deref().map(absolute).transpose()?,
             discard_arena: cli.discard_arena,
+            discard_shadow: cli.discard_shadow,
             tuneup,
             log: log.transpose()?,
             level: match (cli.quiet, cli.verbose) {
@@ -301,22 +304,29 @@ fn shadow_option(text: &str) -> Result<ShadowOption, ConfigError> {
     })
 }
 
-/// Refuses a shadow path that could not serve, before anything is opened.
-fn check_shadow(shadow: &ShadowOption, image: &Path) -> Result<(), ConfigError> {
-    let path = shadow.path.display();
-    let bad = |why: &str| Err(ConfigError::Shadow(format!("-f {path}: {why}")));
+/// Refuses a shadow path that could not serve, before anything is opened. The
+/// path it returns has no links on the way, so that a later start knows it again.
+fn check_shadow(mut shadow: ShadowOption, image: &Path) -> Result<ShadowOption, ConfigError> {
+    let path = shadow.path.clone();
+    let bad = |why: &str| Err(ConfigError::Shadow(format!("-f {}: {why}", path.display())));
     let real = |path: &Path| std::fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
-    if real(&shadow.path) == real(image) {
+    if real(&path) == real(image) {
         return bad("is the image itself; name another file");
     }
-    if !shadow.path.parent().is_some_and(Path::is_dir) {
+    let (Some(parent), Some(name)) = (path.parent(), path.file_name()) else {
+        return bad("is no name of a file; give one");
+    };
+    if !parent.is_dir() {
         return bad("its directory does not exist; make it first");
     }
-    match std::fs::symlink_metadata(&shadow.path) {
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(()),
-        Err(e) => bad(&e.to_string()),
-        Ok(_) => bad("something is there that is no shadow of this image; remove it yourself"),
+    if [".new", ".cut"]
+        .iter()
+        .any(|end| name.as_encoded_bytes().ends_with(end.as_bytes()))
+    {
+        return bad("ends in .new or .cut, which a freeze adds to it; choose another name");
     }
+    shadow.path = real(parent).join(name);
+    Ok(shadow)
 }
 
 fn absolute(path: &Path) -> Result<PathBuf, ConfigError> {

@@ -11,6 +11,7 @@ use std::time::Duration;
 use toml::de::{DeTable, DeValue};
 
 use super::size;
+use crate::freeze::{OnStop, WhenFull};
 use crate::net::EngineChoice;
 
 /// The file of defaults.
@@ -51,6 +52,14 @@ pub struct Tuneup {
     pub write_depth: usize,
     /// Who does disk work.
     pub disk_engine: DiskEngine,
+    /// Percent of what may be dirty that a merge has while hosts are asking.
+    pub merge_share: u32,
+    /// What happens when a shadow can take no more.
+    pub shadow_full: WhenFull,
+    /// What a stop does with a shadow.
+    pub on_stop: OnStop,
+    /// How long writes are left unanswered at most.
+    pub hold_max: Duration,
     /// Serial number; empty: made from address and host name.
     pub serial: String,
     /// Model.
@@ -73,6 +82,8 @@ enum Kind {
     Text(usize, fn(&mut Tuneup, String)),
     Engine(fn(&mut Tuneup, EngineChoice)),
     Disk(fn(&mut Tuneup, DiskEngine)),
+    Full(fn(&mut Tuneup, WhenFull)),
+    Stop(fn(&mut Tuneup, OnStop)),
 }
 
 /// Who does disk work.
@@ -87,7 +98,7 @@ pub enum DiskEngine {
 }
 
 /// Every key there is.
-const KEYS: [(&str, Kind); 18] = [
+const KEYS: [(&str, Kind); 22] = [
     ("receive", Kind::Engine(|t, v| t.receive = v)),
     (
         "ring_size",
@@ -153,6 +164,18 @@ const KEYS: [(&str, Kind); 18] = [
         Kind::Number(1..=256, "writes", |t, v| t.write_depth = v as usize),
     ),
     ("disk_engine", Kind::Disk(|t, v| t.disk_engine = v)),
+    (
+        "merge_share",
+        Kind::Number(1..=75, "percent", |t, v| t.merge_share = v as u32),
+    ),
+    ("shadow_full", Kind::Full(|t, v| t.shadow_full = v)),
+    ("on_stop", Kind::Stop(|t, v| t.on_stop = v)),
+    (
+        "hold_max",
+        Kind::Number(1..=170, "seconds", |t, v| {
+            t.hold_max = Duration::from_secs(v)
+        }),
+    ),
     ("serial", Kind::Text(20, |t, v| t.serial = v)),
     ("model", Kind::Text(40, |t, v| t.model = v)),
 ];
@@ -209,6 +232,10 @@ impl Default for Tuneup {
             read_ahead: 0,
             write_depth: 0,
             disk_engine: DiskEngine::Auto,
+            merge_share: 0,
+            shadow_full: WhenFull::Thaw,
+            on_stop: OnStop::Merge,
+            hold_max: Duration::ZERO,
             serial: String::new(),
             model: String::new(),
         };
@@ -331,6 +358,12 @@ impl Tuneup {
                 "threads" => set(self, DiskEngine::Threads),
                 _ => return Err(format!("{key} takes auto, io_uring or threads")),
             },
+            (Kind::Full(set), Value::Text(text)) if text == "thaw" => set(self, WhenFull::Thaw),
+            (Kind::Full(set), Value::Text(text)) if text == "hold" => set(self, WhenFull::Hold),
+            (Kind::Full(_), _) => return Err(format!("{key} takes thaw or hold")),
+            (Kind::Stop(set), Value::Text(text)) if text == "merge" => set(self, OnStop::Merge),
+            (Kind::Stop(set), Value::Text(text)) if text == "keep" => set(self, OnStop::Keep),
+            (Kind::Stop(_), _) => return Err(format!("{key} takes merge or keep")),
             (Kind::Disk(_), _) => return Err(format!("{key} takes auto, io_uring or threads")),
             (Kind::Engine(_), _) => return Err(format!("{key} takes auto, ring or recvmmsg")),
         }

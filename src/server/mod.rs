@@ -15,8 +15,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use crate::config::{Options, Tuneup};
+use crate::freeze::{OnStop, Order, Phase};
 use crate::net::{self, Change, Flushed, Nic, NicError, NicId, PortOptions, probe::Rival};
-use crate::store::{Image, ImageError, Record, RecoverError, StateError};
+use crate::store::{Image, ImageError, Record, RecoverError, ShadowError, StateError};
 use crate::sys::link::LinkWatch;
 use crate::sys::packet::BATCH;
 use crate::sys::signals::{Event, Signals};
@@ -61,6 +62,8 @@ pub enum ServeError {
     Claimed(Address, String),
     /// What a target that died has left.
     Recover(RecoverError),
+    /// The shadow of a freeze.
+    Shadow(ShadowError),
     /// The disk did not finish in time at the end; the file that holds what is
     /// not on it.
     StopTimeout(Duration, Option<PathBuf>),
@@ -93,6 +96,7 @@ impl fmt::Display for ServeError {
                  another shelf or slot (--shared-address serves anyway)"
             ),
             ServeError::Recover(e) => write!(f, "{e}"),
+            ServeError::Shadow(e) => write!(f, "{e}"),
             ServeError::StopTimeout(after, arena) => {
                 write!(
                     f,
@@ -132,6 +136,8 @@ pub struct Export {
     /// Kept as long as the address is ours on this machine.
     _claims: Vec<std::os::unix::net::UnixDatagram>,
     rival_logged: Option<Instant>,
+    /// Chunks that were yet to be merged when a stop last looked.
+    unmerged: u64,
 }
 
 impl Export {
@@ -181,7 +187,13 @@ impl Export {
             self.target.advance(Instant::now());
             self.send_ready();
             let blocked = self.flush();
-            if let Some(stop) = &stopping {
+            if let Some(stop) = &mut stopping {
+                let unmerged = self.target.volume().unmerged();
+                if unmerged != self.unmerged {
+                    // As long as a merge goes on, the disk does finish.
+                    self.unmerged = unmerged;
+                    *stop = Instant::now();
+                }
                 if let Some(result) = self.end(*stop, blocked) {
                     return result;
                 }
@@ -377,7 +389,10 @@ impl Export {
     ) -> Result<(), ServeError> {
         while let Some(event) = signals.next() {
             match event {
-                Event::Stop if stopping.is_some() => return Err(ServeError::StoppedTwice),
+                Event::Stop if stopping.is_some() && !self.keep_shadow() => {
+                    return Err(ServeError::StoppedTwice);
+                }
+                Event::Stop if stopping.is_some() => {}
                 Event::Stop => {
                     *stopping = Some(Instant::now());
                     self.target.drain();
@@ -386,16 +401,51 @@ impl Export {
                     self.wait.ignore_frames(ports);
                 }
                 Event::Measure => self.measure(),
-                Event::Order(count) => log::warn!(
-                    "USR2 after {count} USR1: freezing is not in this version; nothing done"
-                ),
+                Event::Order(count) => match Order::after(count) {
+                    Some(order) => self.order(order),
+                    None => log::warn!(
+                        "USR2 after {count} USR1: one is a freeze, two are a thaw; nothing done"
+                    ),
+                },
             }
         }
         Ok(())
     }
 
+    /// Carries out an order to freeze or thaw, and reports one that makes no
+    /// sense now.
+    fn order(&mut self, order: Order) {
+        if self.read_only {
+            log::warn!("{order:?}: the image is read-only, and still anyway; nothing done");
+            return;
+        }
+        let now = Instant::now();
+        if let Err(senseless) = self.target.volume().order(now, order, uuid()) {
+            log::warn!("{}: {senseless}", self.address);
+        }
+    }
+
+    /// Leaves a shadow to the next start rather than merge it, at a second signal
+    /// to stop; `false` if there is none, or that was so already.
+    fn keep_shadow(&mut self) -> bool {
+        let volume = self.target.volume();
+        let merges = volume.phase() != Phase::Running && volume.on_stop() == OnStop::Merge;
+        if merges {
+            log::warn!("{}: the shadow is kept for the next start", self.address);
+            volume.set_on_stop(OnStop::Keep);
+        }
+        merges
+    }
+
     /// Measures the image again and tells everyone.
     fn measure(&mut self) {
+        if self.target.volume().is_bound() {
+            log::warn!(
+                "{}: size kept while there is a shadow; send HUP again after the thaw",
+                self.address
+            );
+            return;
+        }
         match self.image.bounds() {
             Ok(bounds) => {
                 let (before, now) = (self.target.sectors(), bounds.sectors);
@@ -503,6 +553,17 @@ fn real_time() -> u64 {
         .duration_since(UNIX_EPOCH)
         .unwrap_or_default();
     u64::try_from(since.as_nanos()).unwrap_or(u64::MAX)
+}
+
+/// A name for a shadow that no other has.
+fn uuid() -> [u8; 16] {
+    let text = std::fs::read_to_string("/proc/sys/kernel/random/uuid").unwrap_or_default();
+    let digits: String = text.chars().filter(char::is_ascii_hexdigit).collect();
+    let number = u128::from_str_radix(&digits, 16);
+    // Without /proc: no two freezes of an image are at the same time.
+    let number =
+        number.unwrap_or_else(|_| u128::from(real_time()) << 64 | u128::from(std::process::id()));
+    number.to_be_bytes()
 }
 
 fn describe_nic(nic: &Nic) -> String {

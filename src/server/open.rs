@@ -6,6 +6,8 @@ use std::os::unix::net::{SocketAddr, UnixDatagram};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use nix::sys::eventfd::EventFd;
+
 use super::wait::Wait;
 use super::{Export, ServeError, real_time};
 use crate::access::WireState;
@@ -13,8 +15,9 @@ use crate::config::{DiskEngine, Options, Tuneup};
 use crate::drive::Identity;
 use crate::net::{Nic, NicError, NicId, NicTrouble, PortOptions, probe};
 use crate::store::{
-    ArenaOptions, Backing, Cache, DIRTY_MIN, Disk, Image, ImageError, Pool, StateFile, UringDisk,
-    Volume, VolumeOptions, prepare,
+    ArenaOptions, Backing, Cache, DIRTY_MIN, Disk, FoundShadow, Image, ImageError, Pool,
+    ShadowOptions, ShadowSide, ShadowStore, StateFile, UringDisk, Volume, VolumeOptions,
+    find_shadow, prepare,
 };
 use crate::sys::link::LinkWatch;
 use crate::target::{Settings, Target};
@@ -93,14 +96,23 @@ pub(super) fn open(options: &Options) -> Result<Export, ServeError> {
     // its state no more.
     let (file, state) = load_state(options)?;
 
-    let disk = disk(&image, &tuneup).map_err(system("starting the disk engine"))?;
+    let shadow_options = ShadowOptions {
+        path: options.shadow.as_ref().map(|shadow| shadow.path.clone()),
+        state_dir: options.state_dir.clone(),
+        discard: options.discard_shadow,
+    };
+    let mut shadow = find_shadow(&image, &shadow_options).map_err(ServeError::Shadow)?;
+
+    let event = Pool::event().map_err(system("making an event"))?;
+    let event = Arc::new(event);
+    let disk = disk(&image, &tuneup, &event).map_err(system("starting the disk engine"))?;
     let arena_options = ArenaOptions {
         state_dir: options.state_dir.clone(),
         run_dir: options.run_dir.clone(),
         cache_size: tuneup.cache_size,
         discard: options.discard_arena,
     };
-    let prepared = prepare(&image, &arena_options).map_err(ServeError::Recover)?;
+    let prepared = prepare(&image, &arena_options, shadow.as_mut()).map_err(ServeError::Recover)?;
     let slots = u64::from(prepared.arena.count());
     let dirty_max = (slots * u64::from(tuneup.dirty_ratio) / 100).max(DIRTY_MIN) as u32;
     let cache = Cache::new(prepared.arena, image.align(), dirty_max);
@@ -121,8 +133,15 @@ pub(super) fn open(options: &Options) -> Result<Export, ServeError> {
         io_patience: tuneup.io_patience,
         read_ahead: tuneup.read_ahead,
         write_depth: tuneup.write_depth,
+        merge_share: tuneup.merge_share,
+        shadow_full: tuneup.shadow_full,
+        hold_max: tuneup.hold_max,
     };
-    let volume = Volume::new(Instant::now(), disk, cache, bounds, volume_options);
+    let mut volume = Volume::new(Instant::now(), disk, cache, bounds, volume_options);
+    volume.set_on_stop(tuneup.on_stop);
+    if let Some(side) = shadow_side(options, &image, &shadow_options, shadow, event)? {
+        volume = volume.with_shadow(side);
+    }
     let settings = Settings {
         address,
         buffers: options.buffers,
@@ -149,20 +168,50 @@ pub(super) fn open(options: &Options) -> Result<Export, ServeError> {
         wait,
         _claims: claims,
         rival_logged: None,
+        unmerged: 0,
     })
 }
 
+/// What does the work of a freeze, where a shadow was named.
+fn shadow_side(
+    options: &Options,
+    image: &Arc<Image>,
+    shadow_options: &ShadowOptions,
+    found: Option<FoundShadow>,
+    event: Arc<EventFd>,
+) -> Result<Option<ShadowSide>, ServeError> {
+    let Some(shadow) = options.shadow.as_ref().filter(|_| !image.is_read_only()) else {
+        return Ok(None);
+    };
+    let (path, image) = (&shadow.path, Arc::clone(image));
+    let (store, left) =
+        ShadowStore::new(image, path, shadow_options, found).map_err(ServeError::Shadow)?;
+    let pool = Pool::start_with(Arc::new(store), options.tuneup.disk_threads, event)
+        .map_err(|e| ServeError::System("starting the shadow's threads", e))?;
+    Ok(Some(ShadowSide {
+        disk: Box::new(pool),
+        limit: shadow.limit_mib.map(|mib| mib << 20),
+        name: path.display().to_string(),
+        left,
+    }))
+}
+
 /// The engine that does what must wait for the disk.
-fn disk(image: &Arc<Image>, tuneup: &Tuneup) -> std::io::Result<Box<dyn Disk>> {
+fn disk(
+    image: &Arc<Image>,
+    tuneup: &Tuneup,
+    event: &Arc<EventFd>,
+) -> std::io::Result<Box<dyn Disk>> {
     if tuneup.disk_engine != DiskEngine::Threads {
-        match UringDisk::start(Arc::clone(image)) {
+        match UringDisk::start(Arc::clone(image), Arc::clone(event)) {
             Ok(disk) => return Ok(Box::new(disk)),
             Err(e) if tuneup.disk_engine == DiskEngine::IoUring => return Err(e),
             Err(e) => log::info!("no io_uring ({e}); threads do the disk work"),
         }
     }
     let backing: Arc<dyn Backing> = Arc::<Image>::clone(image);
-    Ok(Box::new(Pool::start(backing, tuneup.disk_threads)?))
+    let pool = Pool::start_with(backing, tuneup.disk_threads, Arc::clone(event))?;
+    Ok(Box::new(pool))
 }
 
 /// The file of the wire's state, and what it holds.

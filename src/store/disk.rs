@@ -5,7 +5,7 @@ use std::io;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
-use shadow::BlockFile;
+use shadow::{BlockFile, Geometry, Page};
 
 use super::align;
 use super::state::StateFile;
@@ -50,6 +50,17 @@ pub trait Backing: BlockFile {
         self.align()
     }
 
+    /// Fills `buf` from several places, one behind the other. Only what knows
+    /// image and shadow can.
+    fn gather(&self, _parts: &[Part], _buf: &mut [u8]) -> io::Result<()> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
+
+    /// Takes a step of a freeze. Only what knows the shadow's names can.
+    fn step(&self, _step: &Step) -> io::Result<()> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
+
     /// What to call it in messages.
     fn name(&self) -> String {
         "memory".into()
@@ -79,6 +90,13 @@ pub enum Job {
         /// Where they go.
         buf: Buf,
     },
+    /// Reads from several places into the buffer, one behind the other.
+    Gather {
+        /// The places.
+        parts: Vec<Part>,
+        /// Where they go.
+        buf: Buf,
+    },
     /// Writes runs, each of whole aligned blocks.
     Write(Vec<Segment>),
     /// Says that so many bytes will be read soon.
@@ -99,6 +117,16 @@ pub enum Job {
     Discard(Vec<(u64, u64)>),
     /// Everything written before to stable storage.
     Sync,
+    /// Pages of a shadow's bitmap to stable storage; before them, if so said,
+    /// the data that they speak of.
+    Commit {
+        /// Whether there is data that must be there first.
+        data_first: bool,
+        /// The pages.
+        pages: Vec<Page>,
+    },
+    /// A step of a freeze.
+    Step(Step),
     /// Saves the state an export has from the wire.
     Save {
         /// Where.
@@ -106,6 +134,54 @@ pub enum Job {
         /// What.
         text: String,
     },
+}
+
+/// Where bytes are that are read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Origin {
+    /// At this offset of the image.
+    Image(u64),
+    /// At this offset of the shadow.
+    Shadow(u64),
+    /// Nowhere; they are zeros.
+    Zeros,
+}
+
+/// Bytes that lie together.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Part {
+    /// Where.
+    pub origin: Origin,
+    /// How many.
+    pub len: usize,
+}
+
+/// A step of a freeze that changes files. Each may be repeated after it failed.
+#[derive(Clone, Copy, Debug)]
+pub enum Step {
+    /// Makes the shadow as PATH.new, on stable storage, and records where it is.
+    Create {
+        /// Names it, and is part of its checksums.
+        uuid: [u8; 16],
+        /// The generation of what will go there.
+        generation: u64,
+        /// What it is to cover.
+        geometry: Geometry,
+        /// Bytes of the disk to take for it at once.
+        reserve: u64,
+    },
+    /// Renames PATH.new to PATH: the image is still.
+    Appear,
+    /// Marks the shadow as one to be merged; with `cut`, after it was renamed
+    /// from PATH to PATH.cut.
+    Seal {
+        /// Whether nobody has ordered it.
+        cut: bool,
+    },
+    /// Gives back what was taken at once.
+    Release,
+    /// Takes the shadow away, and the record of it.
+    Vanish,
 }
 
 /// A run of bytes to be written.
@@ -120,12 +196,14 @@ pub struct Segment {
 /// What kind of job a result belongs to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum JobKind {
-    /// [`Job::Read`], [`Job::Verify`] or [`Job::Prefetch`].
+    /// [`Job::Read`], [`Job::Gather`], [`Job::Verify`] or [`Job::Prefetch`].
     Read,
     /// [`Job::Write`] or [`Job::Discard`].
     Write,
-    /// [`Job::Sync`].
+    /// [`Job::Sync`] or [`Job::Commit`].
     Sync,
+    /// [`Job::Step`].
+    Step,
     /// [`Job::Save`].
     Save,
 }
@@ -160,6 +238,7 @@ impl fmt::Display for DiskError {
             JobKind::Read => "reading",
             JobKind::Write => "writing",
             JobKind::Sync => "syncing",
+            JobKind::Step => "freezing or thawing with",
             JobKind::Save => "saving",
         };
         write!(f, "{what} {}", self.name)?;
@@ -201,82 +280,76 @@ impl Job {
                 source,
             })
         };
-        match self {
+        let mut data = None;
+        let result = match self {
             Job::Read { at, len, mut buf } => {
                 let (range, result) = match align::read(backing, at, len, &mut buf) {
                     Ok(range) => (range, Ok(())),
                     Err(e) => (0..0, Err(e)),
                 };
-                let data = Some(BufSlice { buf, range });
-                Done {
-                    id,
-                    data,
-                    result: fail(JobKind::Read, Some(at), result),
-                }
+                data = Some(BufSlice { buf, range });
+                fail(JobKind::Read, Some(at), result)
+            }
+            Job::Gather { parts, mut buf } => {
+                let len = parts.iter().map(|part| part.len).sum();
+                let result = backing.gather(&parts, &mut buf[..len]);
+                data = Some(BufSlice { buf, range: 0..len });
+                fail(JobKind::Read, None, result)
             }
             Job::Write(segments) => {
                 let bad = segments.iter().find_map(|segment| {
                     let result = backing.write_pieces(&segment.pieces, segment.at);
                     result.err().map(|e| (segment.at, e))
                 });
-                let result = match bad {
+                match bad {
                     Some((at, e)) => fail(JobKind::Write, Some(at), Err(e)),
                     None => Ok(()),
-                };
-                Done {
-                    id,
-                    data: None,
-                    result,
                 }
             }
             Job::Prefetch { at, len } => {
                 backing.prefetch(at, len);
-                Done {
-                    id,
-                    data: None,
-                    result: Ok(()),
-                }
+                Ok(())
             }
             Job::Verify { at, len } => {
                 let result = align::verify(backing, at, len);
-                Done {
-                    id,
-                    data: None,
-                    result: fail(JobKind::Read, Some(at), result),
-                }
+                fail(JobKind::Read, Some(at), result)
             }
             Job::Discard(ranges) => {
                 let bad = ranges
                     .iter()
                     .find_map(|&(at, len)| align::discard(backing, at, len).err().map(|e| (at, e)));
-                let result = match bad {
+                match bad {
                     Some((at, e)) => fail(JobKind::Write, Some(at), Err(e)),
                     None => Ok(()),
-                };
-                Done {
-                    id,
-                    data: None,
-                    result,
                 }
             }
-            Job::Sync => Done {
-                id,
-                data: None,
-                result: fail(JobKind::Sync, None, backing.sync()),
-            },
-            Job::Save { file, text } => {
-                let result = file.save(&text).map_err(|e| DiskError {
-                    kind: JobKind::Save,
-                    name: e.path.display().to_string(),
-                    offset: None,
-                    source: e.source,
-                });
-                Done {
-                    id,
-                    data: None,
-                    result,
-                }
+            Job::Sync => fail(JobKind::Sync, None, backing.sync()),
+            Job::Commit { data_first, pages } => {
+                fail(JobKind::Sync, None, commit(backing, data_first, &pages))
             }
-        }
+            Job::Step(step) => fail(JobKind::Step, None, backing.step(&step)),
+            Job::Save { file, text } => file.save(&text).map_err(|e| DiskError {
+                kind: JobKind::Save,
+                name: e.path.display().to_string(),
+                offset: None,
+                source: e.source,
+            }),
+        };
+        Done { id, data, result }
+    }
+}
+
+/// A page says that data is where it is: the data must be there before.
+fn commit(backing: &dyn Backing, data_first: bool, pages: &[Page]) -> io::Result<()> {
+    if data_first {
+        backing.sync()?;
+    }
+    for page in pages {
+        backing.write_at(&page.bytes, page.offset)?;
+    }
+    if pages.is_empty() {
+        Ok(())
+    } else {
+        backing.sync()
     }
 }

@@ -1,6 +1,7 @@
 //! The image: a file or block device, opened, locked and measured.
 
-use std::fmt;
+mod error;
+
 use std::fs::{File, OpenOptions};
 use std::io::{self, IoSlice};
 use std::os::fd::{AsFd, BorrowedFd};
@@ -10,7 +11,7 @@ use std::time::{Duration, Instant, UNIX_EPOCH};
 
 use nix::fcntl::{FallocateFlags, FcntlArg, PosixFadviseAdvice, fallocate, fcntl, posix_fadvise};
 use nix::sys::uio::pwritev;
-use shadow::{BlockFile, SECTOR};
+use shadow::{BlockFile, Identity, SECTOR};
 
 use super::align;
 use super::arena::ImageId;
@@ -18,6 +19,8 @@ use super::disk::Backing;
 use super::volume::Bounds;
 use crate::sys::buffer::{Body, Buf, BufSlice};
 use crate::sys::file::{block_device, direct_align, read_now};
+
+pub use error::{ImageError, ImageTrouble};
 
 /// How long a lock that someone still holds is asked for again: io_uring may
 /// keep a dead process's file open for a moment.
@@ -73,103 +76,6 @@ pub struct ImageOptions {
     /// What part of it.
     pub window: Window,
 }
-
-/// Why an image cannot be served.
-#[derive(Debug)]
-pub struct ImageError {
-    /// The image.
-    pub path: PathBuf,
-    /// Why.
-    pub why: ImageTrouble,
-}
-
-/// What is wrong with an image.
-#[derive(Debug)]
-pub enum ImageTrouble {
-    /// It is not there.
-    Missing,
-    /// It is neither a file nor a block device.
-    NotADisk,
-    /// Not one sector.
-    Empty,
-    /// The window leads past its end; how many sectors it has.
-    WindowPastEnd(u64),
-    /// The window has no sectors.
-    WindowEmpty,
-    /// Its bounds are not those direct I/O needs, in bytes.
-    Unaligned(u64),
-    /// Its blocks for direct I/O are larger than the cache's can be, in bytes.
-    LargeBlocks(u32),
-    /// Its filesystem knows no direct I/O.
-    NoDirect,
-    /// Another process has it locked.
-    Locked,
-    /// The block device is in use.
-    Busy,
-    /// The block device takes no writes.
-    ReadOnlyDevice,
-    /// A system call failed, and which.
-    System(&'static str, io::Error),
-}
-
-impl fmt::Display for ImageError {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "image {}: ", self.path.display())?;
-        match &self.why {
-            ImageTrouble::Missing => {
-                f.write_str("there is none; correct the path or make one with --create SIZE")
-            }
-            ImageTrouble::NotADisk => {
-                f.write_str("is neither a regular file nor a block device; give one of these")
-            }
-            ImageTrouble::Empty => {
-                f.write_str("holds no sector; give it a size, as with 'truncate -s 1G'")
-            }
-            ImageTrouble::WindowPastEnd(sectors) => {
-                write!(
-                    f,
-                    "the window leads past its {sectors} sectors; lower -o or -l"
-                )
-            }
-            ImageTrouble::WindowEmpty => f.write_str("the window is empty; raise -l"),
-            ImageTrouble::Unaligned(align) => write!(
-                f,
-                "direct I/O here needs start and end at multiples of {align} bytes; \
-                 change -o and -l or the size, or leave out -d"
-            ),
-            ImageTrouble::LargeBlocks(bytes) => write!(
-                f,
-                "direct I/O here takes whole blocks of {bytes} bytes, and {ALIGN_MAX} is the most \
-                 that aoede knows; leave out -d"
-            ),
-            ImageTrouble::NoDirect => {
-                f.write_str("its filesystem cannot do direct I/O; leave out -d")
-            }
-            ImageTrouble::Locked => f.write_str(
-                "another process serves it or a part of this window; stop that one, \
-                 or give another window with -o and -l",
-            ),
-            ImageTrouble::Busy => {
-                f.write_str("the device is in use (mounted, or part of another); free it first")
-            }
-            ImageTrouble::ReadOnlyDevice => {
-                f.write_str("the device takes no writes; serve it with -r")
-            }
-            ImageTrouble::System(what, e) => {
-                write!(f, "{what}: {e}")?;
-                match e.kind() {
-                    io::ErrorKind::ReadOnlyFilesystem => f.write_str("; serve it with -r"),
-                    io::ErrorKind::PermissionDenied => {
-                        f.write_str("; run as who may write it, or with -r as who may read it")
-                    }
-                    _ => Ok(()),
-                }
-            }
-        }
-    }
-}
-
-impl std::error::Error for ImageError {}
 
 /// An open image. One open file description carries its lock and its I/O.
 #[derive(Debug)]
@@ -360,6 +266,19 @@ impl Image {
         align::write(self, at, &mut BufSlice { buf, range })
     }
 
+    /// Reads bytes anywhere, aligned or not, before anything is served.
+    pub fn read_unaligned(&self, bytes: &mut [u8], at: u64) -> io::Result<()> {
+        let mut buf = Buf::new(bytes.len() + 2 * self.align as usize)?;
+        let range = align::read(self, at, bytes.len(), &mut buf)?;
+        bytes.copy_from_slice(&buf[range]);
+        Ok(())
+    }
+
+    /// What a shadow of it knows it by.
+    pub fn shadow_identity(&self) -> io::Result<Identity> {
+        Identity::of(&self.file)
+    }
+
     /// Locks what of these bytes is outside of our window, until the guard
     /// goes.
     pub fn lock_besides(&self, start: u64, len: u64) -> io::Result<SideLock<'_>> {
@@ -444,35 +363,19 @@ impl Backing for Image {
             // What was announced is zeros; a device that cannot unmap this
             // range can still write them.
             Err(e) if e.kind() == io::ErrorKind::Unsupported => {
-                self.punch(offset, len, FallocateFlags::FALLOC_FL_ZERO_RANGE)
+                match self.punch(offset, len, FallocateFlags::FALLOC_FL_ZERO_RANGE) {
+                    // Only what a shadow brings from another time or filesystem
+                    // comes here.
+                    Err(e) if e.kind() == io::ErrorKind::Unsupported => self.zero(offset, len),
+                    result => result,
+                }
             }
             result => result,
         }
     }
 
-    fn write_pieces(&self, pieces: &[Body], mut offset: u64) -> io::Result<()> {
-        for pieces in pieces.chunks(libc::UIO_MAXIOV as usize) {
-            let vectors: Vec<IoSlice> = pieces.iter().map(|piece| IoSlice::new(piece)).collect();
-            let len: usize = pieces.iter().map(|piece| piece.len()).sum();
-            let mut done = match pwritev(&self.file, &vectors, offset as i64) {
-                Ok(done) => done,
-                Err(nix::Error::EINTR) => 0,
-                Err(errno) => return Err(errno.into()),
-            };
-            // The rest of a short write, which is rare, piece by piece.
-            let mut at = 0;
-            for piece in pieces {
-                let end = at + piece.len();
-                if done < end {
-                    self.file
-                        .write_all_at(&piece[done - at..], offset + done as u64)?;
-                    done = end;
-                }
-                at = end;
-            }
-            offset += len as u64;
-        }
-        Ok(())
+    fn write_pieces(&self, pieces: &[Body], offset: u64) -> io::Result<()> {
+        write_pieces(&self.file, pieces, offset)
     }
 
     fn prefetch(&self, offset: u64, len: u64) {
@@ -622,6 +525,31 @@ fn identity(metadata: &std::fs::Metadata, is_device: bool, window: Window) -> u6
         digest.update(&number.to_le_bytes());
     }
     digest.finalize()
+}
+
+/// Writes all of the pieces, one behind the other.
+pub(super) fn write_pieces(file: &File, pieces: &[Body], mut offset: u64) -> io::Result<()> {
+    for pieces in pieces.chunks(libc::UIO_MAXIOV as usize) {
+        let vectors: Vec<IoSlice> = pieces.iter().map(|piece| IoSlice::new(piece)).collect();
+        let len: usize = pieces.iter().map(|piece| piece.len()).sum();
+        let mut done = match pwritev(file, &vectors, offset as i64) {
+            Ok(done) => done,
+            Err(nix::Error::EINTR) => 0,
+            Err(errno) => return Err(errno.into()),
+        };
+        // The rest of a short write, which is rare, piece by piece.
+        let mut at = 0;
+        for piece in pieces {
+            let end = at + piece.len();
+            if done < end {
+                file.write_all_at(&piece[done - at..], offset + done as u64)?;
+                done = end;
+            }
+            at = end;
+        }
+        offset += len as u64;
+    }
+    Ok(())
 }
 
 #[cfg(test)]

@@ -16,19 +16,22 @@ mod image;
 mod inline;
 mod pool;
 mod recover;
+mod shadow;
 mod state;
 mod uring;
 mod volume;
 
 pub use arena::{Arena, ArenaTrouble, ImageId, OldArena};
 pub use cache::{Cache, DIRTY_MIN};
-pub use disk::{Backing, Disk, DiskError, Done, Job, JobId, JobKind, Segment};
+pub use disk::{Backing, Disk, DiskError, Done, Job, JobId, JobKind, Origin, Part, Segment, Step};
 pub use image::{Create, Image, ImageError, ImageOptions, ImageTrouble, Window};
 pub use inline::Inline;
 pub use pool::Pool;
 pub use recover::{ArenaOptions, Prepared, Record, RecoverError, RecoverTrouble, prepare};
+pub use shadow::{FoundShadow, ShadowError, ShadowOptions, ShadowStore, find_shadow};
 pub use state::{StateError, StateFile};
 pub use uring::UringDisk;
 pub use volume::{
-    Bounds, Completed, Failures, PARKED_MAX, Read, Refused, Token, Volume, VolumeOptions, Write,
+    Bounds, Completed, Failures, LeftShadow, PARKED_MAX, Read, Refused, ShadowSide, Token, Volume,
+    VolumeOptions, Write,
 };

@@ -20,6 +20,7 @@ use toml::{Table, Value};
 use super::arena::{Arena, ArenaTrouble, ImageId, OldArena, Pulse};
 use super::disk::Backing;
 use super::image::Image;
+use super::shadow::FoundShadow;
 
 /// Bytes of a cache's block, unless the disk wants larger ones.
 const BLOCK: usize = 4096;
@@ -172,8 +173,13 @@ fn real_time() -> u64 {
     u64::try_from(since.as_nanos()).unwrap_or(u64::MAX)
 }
 
-/// Recovers what was left, and makes a new arena.
-pub fn prepare(image: &Image, options: &ArenaOptions) -> Result<Prepared, RecoverError> {
+/// Recovers what was left, and makes a new arena. What belongs to a shadow goes
+/// there.
+pub fn prepare(
+    image: &Image,
+    options: &ArenaOptions,
+    shadow: Option<&mut FoundShadow>,
+) -> Result<Prepared, RecoverError> {
     let id = image.id();
     let boot = boot_id();
     let (ours, others): (Vec<_>, Vec<_>) = records_of(&options.state_dir, &id)?
@@ -183,7 +189,10 @@ pub fn prepare(image: &Image, options: &ArenaOptions) -> Result<Prepared, Recove
     let alive = ours.iter().chain(&others);
     let alive = alive.filter(|(_, left)| left.boot == boot);
     let alive = alive.filter_map(|(_, left)| Pulse::open(&left.path).ok());
-    let scene = Scene {
+    // A chunk of the shadow lies within a block.
+    let chunk = shadow.as_ref().map_or(0, |shadow| shadow.chunk() as usize);
+    let mut scene = Scene {
+        shadow,
         image,
         id,
         boot,
@@ -193,7 +202,7 @@ pub fn prepare(image: &Image, options: &ArenaOptions) -> Result<Prepared, Recove
     for (path, left) in ours {
         scene.recover(&path, &left)?;
     }
-    let block = image.align().max(BLOCK);
+    let block = image.align().max(BLOCK).max(chunk);
     if image.is_read_only() {
         let arena = anonymous(&options.state_dir, block, options.cache_size)?;
         return Ok(Prepared {
@@ -403,6 +412,7 @@ fn records_of(directory: &Path, id: &ImageId) -> Result<Vec<(PathBuf, Left)>, Re
 /// What a start finds.
 struct Scene<'a> {
     image: &'a Image,
+    shadow: Option<&'a mut FoundShadow>,
     id: ImageId,
     boot: [u64; 2],
     /// When an export of the image was last known to live.
@@ -412,7 +422,7 @@ struct Scene<'a> {
 
 impl Scene<'_> {
     /// Brings what a record speaks of to the image, and takes both away.
-    fn recover(&self, record: &Path, left: &Left) -> Result<(), RecoverError> {
+    fn recover(&mut self, record: &Path, left: &Left) -> Result<(), RecoverError> {
         let gone = |e: io::Error| RecoverError {
             path: record.to_owned(),
             why: RecoverTrouble::Record(e.to_string()),
@@ -434,7 +444,7 @@ impl Scene<'_> {
         })
     }
 
-    fn recover_arena(&self, left: &Left, record: Option<&Path>) -> Result<(), RecoverError> {
+    fn recover_arena(&mut self, left: &Left, record: Option<&Path>) -> Result<(), RecoverError> {
         let fail = |why| RecoverError {
             path: left.path.clone(),
             why,
@@ -472,7 +482,7 @@ impl Scene<'_> {
 
     /// Writes all that counts to the image, and syncs it. May be killed anywhere
     /// and done again: the arena stays as it is until then.
-    fn replay(&self, mut old: OldArena, path: &Path) -> Result<(), RecoverTrouble> {
+    fn replay(&mut self, mut old: OldArena, path: &Path) -> Result<(), RecoverTrouble> {
         let sectors = old.sectors();
         if sectors == 0 {
             return Ok(());
@@ -492,12 +502,20 @@ impl Scene<'_> {
             .map_err(|_| RecoverTrouble::InUse)?;
         // What we change now is no stranger's change to who comes after us.
         let mut pulse = Pulse::open(path).map_err(RecoverTrouble::Arena)?;
-        old.replay(|_, at, bytes| {
+        let shadow = &mut self.shadow;
+        old.replay(|generation, at, bytes| {
             pulse.set_alive(real_time());
-            image.write_unaligned(bytes, at)
+            match shadow {
+                Some(shadow) => shadow.replay(image, generation, at, bytes),
+                None => image.write_unaligned(bytes, at),
+            }
         })
         .map_err(RecoverTrouble::Replay)?;
+        // What a merge has brought to the image is there before its bits go.
         image.sync().map_err(RecoverTrouble::Replay)?;
+        if let Some(shadow) = shadow {
+            shadow.sync().map_err(RecoverTrouble::Replay)?;
+        }
         old.retire();
         log::warn!(
             "a target of this image died: {sectors} acknowledged sectors ({} KiB) brought to the \

@@ -38,8 +38,8 @@ pub struct UringDisk {
 
 impl UringDisk {
     /// An engine on an image; an error where the kernel gives no io_uring.
-    pub fn start(image: Arc<Image>) -> io::Result<UringDisk> {
-        let event = Arc::new(Pool::event()?);
+    /// It writes this event when jobs have ended.
+    pub fn start(image: Arc<Image>, event: Arc<EventFd>) -> io::Result<UringDisk> {
         let ring = Uring::new(image.as_fd(), PARKED_MAX as u32 + 8, event.as_fd())?;
         let backing: Arc<dyn Backing> = Arc::<Image>::clone(&image);
         let helpers = Pool::start_with(backing, HELPERS, Arc::clone(&event))?;

@@ -13,10 +13,16 @@
 //!   read; what comes behind it waits.
 //! - Memory is bounded: what has no slot waits in a list bounded in bytes.
 
+mod discards;
+mod freeze;
+mod merge;
 mod reads;
+mod syncs;
+mod view;
 mod writes;
 
 use std::collections::VecDeque;
+use std::io::ErrorKind::{FileTooLarge, QuotaExceeded, StorageFull};
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -26,10 +32,18 @@ use shadow::{Extent, Lba, SECTOR};
 use super::cache::{Cache, Epoch};
 use super::disk::{Disk, DiskError, Done, Job, JobId, JobKind};
 use super::state::StateFile;
+use crate::freeze::WhenFull;
 use crate::sys::buffer::{Body, Buf, BufSlice};
 
+use discards::Discarding;
+use freeze::{COMMIT, FORGET, Freezing, STEP};
+use merge::Merge;
 use reads::{Fill, Stream};
-use writes::{Discarding, Gather, ParkedWrite, Trouble, Waiter};
+use syncs::{Gather, Syncing, Trouble, Waiter};
+use view::View;
+use writes::ParkedWrite;
+
+pub use freeze::{LeftShadow, ShadowSide};
 
 /// The most requests that wait for the disk.
 pub const PARKED_MAX: usize = 1024;
@@ -126,6 +140,13 @@ pub struct VolumeOptions {
     pub read_ahead: u64,
     /// Jobs that write at the same time.
     pub write_depth: usize,
+    /// The share of the dirty slots that a merge may have while hosts are
+    /// asking, in percent.
+    pub merge_share: u32,
+    /// What happens when a shadow can take no more.
+    pub shadow_full: WhenFull,
+    /// So long writes are left unanswered at most.
+    pub hold_max: Duration,
 }
 
 /// A job under way.
@@ -166,7 +187,13 @@ pub struct Volume {
     /// The epoch that is flushed for age, idleness or the end.
     flushing: Option<Epoch>,
     draining: bool,
-    syncing: Option<Vec<super::cache::Record>>,
+    syncing: Option<Syncing>,
+    freezing: Freezing,
+    /// What is known of the shadow's content, while there is one.
+    view: Option<View>,
+    merge: Merge,
+    /// Of the fills: those that read the shadow.
+    gathers: usize,
     sync_began: Instant,
     /// The epoch that the next sync is for.
     round: Option<Epoch>,
@@ -219,6 +246,10 @@ impl Volume {
             flushing: None,
             draining: false,
             syncing: None,
+            freezing: Freezing::new(cache.dirty().1),
+            view: None,
+            merge: Merge::default(),
+            gathers: 0,
             sync_began: now,
             round: None,
             gather: None,
@@ -311,6 +342,7 @@ impl Volume {
             && self.syncing.is_none()
             && self.save.is_none()
             && self.completed.is_empty()
+            && (!self.draining || self.may_stop())
             && !dirty
     }
 
@@ -340,7 +372,8 @@ impl Volume {
 
     /// Whether the disk has something to take in.
     pub fn has_done(&mut self) -> bool {
-        self.disk.has_done()
+        let side = self.freezing.side.as_mut();
+        self.disk.has_done() || side.is_some_and(|side| side.disk.has_done())
     }
 
     /// Takes in what the disk has done, and starts what has to be done now. To
@@ -348,9 +381,16 @@ impl Volume {
     /// [`deadline`](Volume::deadline).
     pub fn advance(&mut self, now: Instant) {
         for _ in 0..REAP_MAX {
-            let Some(done) = self.disk.reap() else { break };
-            self.finish(done, now);
+            if let Some(done) = self.disk.reap() {
+                self.finish(done, now);
+            } else if let Some(done) = self.reap_shadow() {
+                self.heed(&done, now);
+                self.finish(done, now);
+            } else {
+                break;
+            }
         }
+        self.advance_freeze(now);
         self.start_parked(now);
         self.start_writing(now);
         // First those whose sync has ended: the next one is for whom it came
@@ -360,6 +400,21 @@ impl Volume {
         self.disk.kick();
     }
 
+    fn reap_shadow(&mut self) -> Option<Done> {
+        self.freezing.side.as_mut()?.disk.reap()
+    }
+
+    /// Looks whether the shadow's filesystem has room.
+    fn heed(&mut self, done: &Done, now: Instant) {
+        let error = done.result.as_ref().err();
+        let kind = error.map(|error| error.source.kind());
+        if let Some(StorageFull | QuotaExceeded | FileTooLarge) = kind {
+            if matches!(error, Some(error) if error.kind != JobKind::Step) {
+                self.shadow_is_full(now, true);
+            }
+        }
+    }
+
     /// Whether the disk may be changing the image now.
     pub fn is_writing(&self) -> bool {
         self.writing > 0 || self.discarding.is_submitted()
@@ -367,16 +422,20 @@ impl Volume {
 
     /// Whether reads wait for the disk.
     pub fn is_reading(&self) -> bool {
-        !self.fills.is_empty()
+        self.fills.len() > self.merge.fills()
     }
 
     /// When [`advance`](Volume::advance) is to be called even if nothing
     /// happens.
     pub fn deadline(&self) -> Option<Instant> {
         let mut deadline = self.trouble.retry_at();
+        let freeze = self.freeze_deadline();
         let mut by = |time: Instant| {
             deadline = Some(deadline.map_or(time, |other| other.min(time)));
         };
+        if let Some(time) = freeze {
+            by(time);
+        }
         let failing = self.trouble.is_failing();
         for list in [&self.until_synced, &self.until_written] {
             if let Some(waiter) = list.iter().find(|waiter| waiter.is_impatient(failing)) {
@@ -397,7 +456,8 @@ impl Volume {
             by(self.last_request + self.options.idle_flush);
         }
         // Only where a sync could begin and waits for company.
-        let could = self.syncing.is_none() && self.cache.awaiting_sync() > 0;
+        let may = self.destination().is_some() && !self.freezing.is_forgetting();
+        let could = may && self.syncing.is_none() && self.cache.awaiting_sync() > 0;
         let waits = could && !self.trouble.is_failing() && !self.until_synced.is_empty();
         if let Some(gather) = self.gather.filter(|_| waits) {
             by(gather.until);
@@ -418,11 +478,15 @@ impl Volume {
                 JobKind::Write => self.failures.writes += 1,
                 JobKind::Sync => self.failures.syncs += 1,
                 JobKind::Save => {}
+                JobKind::Step => return self.step_ended(Err(error), now),
             }
             self.last_error = Some(error);
         }
         match done.id {
-            SYNC => self.sync_ended(ok, now),
+            SYNC => self.image_synced(ok, now),
+            COMMIT => self.sync_ended(ok, now),
+            FORGET => self.forget_ended(ok, now),
+            STEP => self.step_ended(Ok(()), now),
             DISCARD => self.discard_ended(ok, now),
             SAVE => {
                 if let Some(token) = self.save.take() {
@@ -468,6 +532,19 @@ impl Volume {
         };
         self.under[id as usize] = Some(under);
         self.disk.submit(JobId(u64::from(id)), job);
+        Ok(id)
+    }
+
+    /// Hands a job to what knows image and shadow.
+    fn submit_on_shadow(&mut self, under: Under, job: Job) -> Result<u32, Refused> {
+        let (Some(side), Some(id)) = (&mut self.freezing.side, self.free.pop()) else {
+            if let Job::Gather { buf, .. } = job {
+                self.give_back(buf);
+            }
+            return Err(Refused::NoRoom);
+        };
+        self.under[id as usize] = Some(under);
+        side.disk.submit(JobId(u64::from(id)), job);
         Ok(id)
     }
 

@@ -291,6 +291,9 @@ impl Bench {
             io_patience: IO_PATIENCE,
             read_ahead: 0,
             write_depth: 4,
+            merge_share: 25,
+            shadow_full: crate::freeze::WhenFull::Thaw,
+            hold_max: Duration::from_secs(120),
         };
         let now = Instant::now();
         let volume = Volume::new(now, Box::new(gate), cache, bounds, options);

@@ -33,7 +33,7 @@ use index::{Index, NONE};
 use writeback::Queue;
 
 pub use epochs::Epoch;
-pub use writeback::Record;
+pub use writeback::{Record, Run};
 
 /// The most blocks that one request touches: 255 sectors, begun anywhere.
 const PIECES_MAX: usize = 255 / 8 + 2;
@@ -232,6 +232,11 @@ impl Cache {
         &mut self.arena
     }
 
+    /// Bytes of a block.
+    pub fn block_bytes(&self) -> u64 {
+        self.sectors * SECTOR
+    }
+
     /// Whether any sector is not on stable storage.
     pub fn has_dirty(&self) -> bool {
         self.dirty > 0
@@ -410,6 +415,17 @@ impl Cache {
     /// Takes a write: when this returns it survives the process. All of it, or
     /// nothing and `Full`.
     pub fn write(&mut self, extent: Extent, data: &[u8], now: Instant) -> Result<Epoch, Full> {
+        self.write_up_to(extent, data, now, self.dirty_max)
+    }
+
+    /// The same where so many slots may be dirty.
+    pub fn write_up_to(
+        &mut self,
+        extent: Extent,
+        data: &[u8],
+        now: Instant,
+        dirty_max: u32,
+    ) -> Result<Epoch, Full> {
         self.operation = self.operation.wrapping_add(1);
         let mut slots = [NONE; PIECES_MAX];
         let mut fresh = 0;
@@ -424,7 +440,7 @@ impl Cache {
                 || found.is_some_and(|slot| self.is_older(slot));
             fresh += u32::from(more);
         }
-        let mut room = self.dirty + fresh <= self.dirty_max || fresh == 0;
+        let mut room = self.dirty + fresh <= dirty_max || fresh == 0;
         for (piece, slot) in self.pieces(extent).zip(&mut slots) {
             if room && self.in_place(piece.block).is_none() {
                 match self.take_slot() {

@@ -5,6 +5,7 @@ use std::time::Instant;
 use shadow::{Extent, Lba, SECTOR};
 
 use super::super::cache::Presence;
+use super::super::disk::{Origin, Part};
 use super::{Job, Read, Refused, Token, Under, Volume};
 use crate::sys::buffer::{Body, Buf, BufSlice};
 
@@ -30,11 +31,43 @@ pub(super) struct Fill {
     keep: bool,
     /// Whether it completes blocks that are to be written back whole.
     completes: bool,
+    /// Whether it brings what a thaw has to merge.
+    merges: bool,
+    /// Who only wants to know whether it can be read.
+    verifies: Option<Token>,
+    /// Whether it reads the shadow.
+    gathers: bool,
     /// Whether a write came meanwhile: what is read may be older than it.
     stale: bool,
     /// Blocks that were here when it began, held until it ends: written back and
     /// driven out in between, they would be missed in what was read before.
     held: Vec<u64>,
+}
+
+impl Fill {
+    /// One that brings what a thaw has to merge; it holds these blocks already.
+    pub fn merging(span: Extent, held: Vec<u64>) -> Fill {
+        Fill {
+            merges: true,
+            held,
+            ..Fill::of(span)
+        }
+    }
+
+    /// One that nobody waits for.
+    pub fn of(span: Extent) -> Fill {
+        Fill {
+            span,
+            waiters: Vec::new(),
+            keep: false,
+            completes: false,
+            merges: false,
+            verifies: None,
+            gathers: false,
+            stale: false,
+            held: Vec::new(),
+        }
+    }
 }
 
 /// A sequential reader, or what may become one.
@@ -110,7 +143,7 @@ impl Volume {
         let one = block.byte_len() as usize == self.cache.arena().block();
         if one && self.cache.is_wanted_again(extent) && self.is_within(block) {
             let whole = &mut buf[..block.byte_len() as usize];
-            if self.disk.try_now(whole, block.byte_start()) {
+            if self.view_now(block.byte_start(), whole) {
                 self.cache.keep(block, whole);
                 let at = (extent.byte_start() - block.byte_start()) as usize;
                 return Some(at..at + extent.byte_len() as usize);
@@ -118,9 +151,34 @@ impl Volume {
             return None;
         }
         let range = 0..extent.byte_len() as usize;
-        self.disk
-            .try_now(&mut buf[range.clone()], extent.byte_start())
+        self.view_now(extent.byte_start(), &mut buf[range.clone()])
             .then_some(range)
+    }
+
+    /// Reads from wherever the content is, if all of that is in the page cache.
+    fn view_now(&self, mut at: u64, mut buf: &mut [u8]) -> bool {
+        let view = self.view.as_ref().filter(|view| !view.is_plain());
+        let (Some(view), Some(side)) = (view, &self.freezing.side) else {
+            return self.disk.try_now(buf, at);
+        };
+        let end = at + buf.len() as u64;
+        while at < end {
+            let Part { origin, len } = view.run(at, end);
+            let (piece, rest) = buf.split_at_mut(len);
+            let here = match origin {
+                Origin::Image(at) => self.disk.try_now(piece, at),
+                Origin::Shadow(at) => side.disk.try_now(piece, at),
+                Origin::Zeros => {
+                    piece.fill(0);
+                    true
+                }
+            };
+            if !here {
+                return false;
+            }
+            (at, buf) = (at + len as u64, rest);
+        }
+        true
     }
 
     fn is_within(&self, extent: Extent) -> bool {
@@ -138,7 +196,7 @@ impl Volume {
         for id in &self.fills {
             if let Some(Under::Fill(fill)) = &mut self.under[*id as usize] {
                 let inside = fill.span.start() <= extent.start() && extent.end() <= fill.span.end();
-                if inside && !fill.stale {
+                if inside && !fill.stale && !fill.merges {
                     fill.waiters.push((token().ok_or(Refused::NoRoom)?, extent));
                     return Ok(Read::Parked);
                 }
@@ -157,16 +215,11 @@ impl Volume {
             self.give_back(buf);
             return Err(Refused::NoRoom);
         };
-        let waiters = vec![(token, extent)];
-        let keep = self.options.direct;
         self.fill(
             Fill {
-                span,
-                waiters,
-                keep,
-                completes: false,
-                stale: false,
-                held: Vec::new(),
+                waiters: vec![(token, extent)],
+                keep: self.options.direct,
+                ..Fill::of(span)
             },
             buf,
         )?;
@@ -182,7 +235,7 @@ impl Volume {
         Extent::new(Lba(start), end.saturating_sub(start)).unwrap_or(extent)
     }
 
-    fn buffer_for(&mut self, span: Extent) -> Result<Buf, Refused> {
+    pub(super) fn buffer_for(&mut self, span: Extent) -> Result<Buf, Refused> {
         let len = span.byte_len() as usize;
         let small = len + 2 * self.options.align <= self.bufs.len;
         let buf = if small {
@@ -200,13 +253,30 @@ impl Volume {
             return Err(Refused::NoRoom);
         }
         fill.held = self.cache.hold(fill.span);
-        let len = fill.span.byte_len() as usize;
+        let view = self.view.as_ref().filter(|view| !view.is_plain());
+        if let Some(parts) = view.and_then(|view| view.parts(fill.span)) {
+            return self.gather(fill, parts, buf);
+        }
         let job = Job::Read {
             at: fill.span.byte_start(),
-            len,
+            len: fill.span.byte_len() as usize,
             buf,
         };
         let id = self.submit(Under::Fill(fill), job)?;
+        self.fills.push(id);
+        Ok(())
+    }
+
+    /// Starts a fill from more than the image.
+    pub(super) fn gather(
+        &mut self,
+        mut fill: Fill,
+        parts: Vec<Part>,
+        buf: Buf,
+    ) -> Result<(), Refused> {
+        fill.gathers = true;
+        let id = self.submit_on_shadow(Under::Fill(fill), Job::Gather { parts, buf })?;
+        self.gathers += 1;
         self.fills.push(id);
         Ok(())
     }
@@ -215,12 +285,8 @@ impl Volume {
     pub(super) fn fill_wanted(&mut self) {
         for span in self.cache.take_wanted() {
             let fill = Fill {
-                span,
-                waiters: Vec::new(),
-                keep: false,
                 completes: true,
-                stale: false,
-                held: Vec::new(),
+                ..Fill::of(span)
             };
             let begun = self.buffer_for(span).and_then(|buf| self.fill(fill, buf));
             if begun.is_err() {
@@ -246,6 +312,19 @@ impl Volume {
     }
 
     pub(super) fn fill_ended(&mut self, fill: Fill, data: Option<BufSlice>, now: Instant) {
+        self.gathers -= usize::from(fill.gathers);
+        if fill.merges {
+            let mut data = data;
+            self.merge_fill_ended(fill.span, data.as_deref_mut(), now);
+            if let Some(data) = data {
+                self.give_back(data.buf);
+            }
+            self.cache.unhold(&fill.held);
+            return;
+        }
+        if let Some(token) = fill.verifies {
+            self.complete(token, None, data.is_some());
+        }
         let Some(mut data) = data else {
             self.cache.unhold(&fill.held);
             for (token, extent) in fill.waiters {
@@ -331,6 +410,23 @@ impl Volume {
             self.complete(token, None, true);
             return Ok(());
         }
+        let parts = self.view.as_ref().and_then(|view| view.parts(extent));
+        if parts.is_some() {
+            // The way of a read, whose data nobody is sent.
+            let span = if self.options.direct {
+                self.clip(extent)
+            } else {
+                extent
+            };
+            let buf = self.buffer_for(span)?;
+            return self.fill(
+                Fill {
+                    verifies: Some(token),
+                    ..Fill::of(span)
+                },
+                buf,
+            );
+        }
         let job = Job::Verify {
             at: extent.byte_start(),
             len: extent.byte_len() as usize,
@@ -392,14 +488,9 @@ impl Volume {
             let under = |id: &&u32| matches!(&self.under[**id as usize], Some(Under::Fill(f)) if f.keep && f.waiters.is_empty());
             let busy = self.fills.iter().filter(under).count() >= AHEAD_FILLS_MAX;
             if !busy && !self.discarding.excludes(span) && !self.cache.covers(span) {
-                let waiters = Vec::new();
                 let fill = Fill {
-                    span,
-                    waiters,
                     keep: true,
-                    completes: false,
-                    stale: false,
-                    held: Vec::new(),
+                    ..Fill::of(span)
                 };
                 // Only a favour: without room there is none.
                 let _ = self.buffer_for(span).and_then(|buf| self.fill(fill, buf));

@@ -3,7 +3,8 @@
 //! power that is cut.
 
 use super::*;
-use crate::store::arena::{Arena, ImageId, OldArena};
+use crate::freeze::Order;
+use crate::store::arena::{Arena, ImageId};
 use crate::store::disk::{Backing, Segment};
 use proptest::prelude::*;
 use shadow::BlockFile;
@@ -12,6 +13,8 @@ use std::io;
 use std::path::Path;
 use std::rc::Rc;
 use std::sync::Mutex;
+
+mod freezing;
 
 const SECTORS: u64 = 96;
 const BYTES: usize = 4096 + (SECTORS * 512) as usize;
@@ -34,6 +37,9 @@ fn options(direct: bool, align: usize) -> VolumeOptions {
         io_patience: Duration::from_secs(10),
         read_ahead: 0,
         write_depth: 4,
+        merge_share: 25,
+        shadow_full: WhenFull::Thaw,
+        hold_max: Duration::from_secs(120),
     }
 }
 
@@ -57,9 +63,14 @@ struct Power {
 
 impl PowerFile {
     fn new(align: usize) -> PowerFile {
+        PowerFile::holding(vec![0; BYTES], align)
+    }
+
+    /// One that holds this, on stable storage.
+    fn holding(bytes: Vec<u8>, align: usize) -> PowerFile {
         let power = Power {
-            live: vec![0; BYTES],
-            durable: vec![0; BYTES],
+            live: bytes.clone(),
+            durable: bytes,
             pending: Vec::new(),
         };
         PowerFile {
@@ -74,6 +85,23 @@ impl PowerFile {
             offset as usize % align == 0 && len % align == 0,
             "{len} at {offset}"
         );
+    }
+
+    /// What a process sees.
+    fn live(&self) -> Vec<u8> {
+        self.power.lock().unwrap().live.clone()
+    }
+
+    /// What a cut of the power may leave.
+    fn after_cut(&self, fate: &mut Fate) -> Vec<u8> {
+        let power = self.power.lock().unwrap();
+        let mut bytes = power.durable.clone();
+        for (at, sector) in &power.pending {
+            if fate.draw() % 2 == 0 {
+                bytes[*at..*at + 512].copy_from_slice(sector);
+            }
+        }
+        bytes
     }
 
     /// A sync that fails forgets what it could not write, as Linux does: the
@@ -157,6 +185,8 @@ fn reaches(job: &Job, byte: u64) -> bool {
 /// A disk that ends the jobs under way in an order drawn by lot.
 struct Lots {
     file: Arc<PowerFile>,
+    /// Does what is done, instead of the file.
+    pair: Option<Arc<freezing::Pair>>,
     jobs: Vec<(JobId, Job)>,
     fate: Rc<RefCell<Fate>>,
 }
@@ -174,7 +204,10 @@ impl Disk for Lots {
         let bad = fate.bad.is_some_and(|at| reaches(&job, at));
         let fails = bad || fate.draw() % 256 < usize::from(fate.failing);
         if !fails {
-            return Some(job.run(id, &*self.file));
+            return Some(match &self.pair {
+                Some(pair) => job.run(id, &**pair),
+                None => job.run(id, &*self.file),
+            });
         }
         let kind = match &job {
             Job::Write(segments) => {
@@ -189,6 +222,24 @@ impl Disk for Lots {
                 self.file.fail_sync();
                 JobKind::Sync
             }
+            Job::Commit { data_first, pages } => {
+                if *data_first && fate.draw() % 2 == 0 {
+                    self.file.fail_sync();
+                } else {
+                    if *data_first {
+                        self.file.sync().unwrap();
+                    }
+                    for page in pages {
+                        let part = &page.bytes[..fate.draw() % 9 * 512];
+                        self.file.write_at(part, page.offset).unwrap();
+                    }
+                    if fate.draw() % 2 == 0 {
+                        self.file.fail_sync();
+                    }
+                }
+                JobKind::Sync
+            }
+            Job::Step(_) => JobKind::Step,
             Job::Discard(_) => JobKind::Write,
             _ => JobKind::Read,
         };
@@ -350,6 +401,12 @@ fn arena(path: &Path, slots: u32, start: u64) -> Arena {
 struct World {
     volume: Volume,
     file: Arc<PowerFile>,
+    pair: Arc<freezing::Pair>,
+    /// What the freeze keeps still.
+    still: Option<freezing::Still>,
+    direct: bool,
+    align: usize,
+    slots: u32,
     fate: Rc<RefCell<Fate>>,
     model: Model,
     now: Instant,
@@ -368,25 +425,18 @@ impl World {
             bad: None,
             now: !direct,
         }));
-        let disk = Lots {
-            file: Arc::clone(&file),
-            jobs: Vec::new(),
-            fate: Rc::clone(&fate),
-        };
+        let pair = Arc::new(freezing::Pair::new(Arc::clone(&file), start));
         let now = Instant::now();
-        let cache = Cache::new(
-            arena(&dir.path().join("arena"), slots, start),
-            align,
-            slots * 3 / 4,
-        );
-        let bounds = Bounds {
-            start,
-            sectors: SECTORS,
-        };
-        let volume = Volume::new(now, Box::new(disk), cache, bounds, options(direct, align));
+        let parts = (&file, &pair, &fate);
+        let volume = World::volume(parts, now, dir.path(), start, (slots, direct, align), None);
         World {
             volume,
             file,
+            pair,
+            still: None,
+            direct,
+            align,
+            slots,
             fate,
             model: Model::new(),
             now,
@@ -395,8 +445,45 @@ impl World {
         }
     }
 
+    fn volume(
+        (file, pair, fate): (&Arc<PowerFile>, &Arc<freezing::Pair>, &Rc<RefCell<Fate>>),
+        now: Instant,
+        dir: &Path,
+        start: u64,
+        (slots, direct, align): (u32, bool, usize),
+        left: Option<LeftShadow>,
+    ) -> Volume {
+        let lots = |file: &Arc<PowerFile>, pair| {
+            Box::new(Lots {
+                file: Arc::clone(file),
+                pair,
+                jobs: Vec::new(),
+                fate: Rc::clone(fate),
+            })
+        };
+        let cache = Cache::new(
+            arena(&dir.join("arena"), slots, start),
+            align,
+            slots * 3 / 4,
+        );
+        let bounds = Bounds {
+            start,
+            sectors: SECTORS,
+        };
+        let side = ShadowSide {
+            disk: lots(&pair.file, Some(Arc::clone(pair))),
+            limit: None,
+            name: "shadow".into(),
+            left,
+        };
+        let disk = lots(file, None);
+        Volume::new(now, disk, cache, bounds, options(direct, align)).with_shadow(side)
+    }
+
     fn advance(&mut self) {
+        let before = self.model.acked.clone();
         self.volume.advance(self.now);
+        self.watch_freeze(before);
         while let Some(done) = self.volume.next_completed() {
             self.model.ended(done.token, done.data.as_deref(), done.ok);
             if let Some(Body::Buf(slice)) = done.data {
@@ -445,6 +532,13 @@ impl World {
                 let token = self.model.token(Asked::Flush(acked));
                 self.volume.flush(self.now, || Some(token)).unwrap();
             }
+            17 => {
+                let _ = self.volume.order(self.now, Order::Freeze, [7; 16]);
+            }
+            18 => {
+                let _ = self.volume.order(self.now, Order::Thaw, [7; 16]);
+            }
+            19 if count == 1 => self.kill(),
             14 => self.now += Duration::from_millis(count * 150),
             _ => {
                 for _ in 0..count {
@@ -454,42 +548,6 @@ impl World {
         }
         if op % 3 == 0 {
             self.advance();
-        }
-    }
-
-    /// What a start after a kill at this instant would find.
-    fn check_kill(&self) {
-        let mut bytes = self.file.power.lock().unwrap().live.clone();
-        let old = OldArena::open(&self.dir.path().join("arena")).unwrap();
-        old.replay(|_, at, data| {
-            bytes[at as usize..at as usize + data.len()].copy_from_slice(data);
-            Ok::<(), ()>(())
-        })
-        .unwrap();
-        for sector in 0..SECTORS {
-            let at = (self.start + sector * 512) as usize;
-            let from = self.model.acked[sector as usize];
-            self.model
-                .check("after a kill", sector, &bytes[at..at + 512], from);
-        }
-        assert!(
-            bytes[..self.start as usize].iter().all(|b| *b == 0),
-            "below the window"
-        );
-    }
-
-    /// What may be found after the power is cut at this instant.
-    fn check_cut(&self) {
-        let power = self.file.power.lock().unwrap();
-        for sector in 0..SECTORS {
-            let at = (self.start + sector * 512) as usize;
-            let from = self.model.flushed[sector as usize];
-            let kept = power.pending.iter().filter(|(place, _)| *place == at);
-            self.model
-                .check("after a cut", sector, &power.durable[at..at + 512], from);
-            for (_, bytes) in kept {
-                self.model.check("after a cut", sector, bytes, from);
-            }
         }
     }
 
@@ -506,12 +564,12 @@ impl World {
                 self.now = self.now.max(deadline);
             }
         }
-        panic!("never idle");
+        panic!("never idle: {:?}", self.volume.freezing.stage);
     }
 }
 
 fn operations() -> impl Strategy<Value = Vec<(u8, u64, u64)>> {
-    proptest::collection::vec((0u8..17, 0u64..SECTORS, 1u64..21), 1..250)
+    proptest::collection::vec((0u8..20, 0u64..SECTORS, 1u64..21), 1..250)
 }
 
 proptest! {
@@ -541,11 +599,12 @@ proptest! {
         world.settle();
         world.check_kill();
         // Everything has ended, and all of it is on stable storage.
-        prop_assert!(world.model.asked.iter().all(Option::is_none));
+        let open: Vec<_> = world.model.asked.iter().flatten().collect();
+        prop_assert!(open.is_empty(), "never answered: {open:?}");
         world.model.flushed.clone_from(&world.model.acked);
         world.check_cut();
-        let old = OldArena::open(&world.dir.path().join("arena")).unwrap();
-        prop_assert_eq!(old.sectors(), 0);
+        prop_assert_eq!(world.pair.name(), freezing::Name::None);
+        prop_assert_eq!(world.left_in_arena(), 0);
     }
 }
 

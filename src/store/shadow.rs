@@ -1,0 +1,649 @@
+//! The shadow of an export: its file, under the name of its phase, and the
+//! record of it in the state directory.
+//!
+//! The record is made before the first write that depends on the shadow, and
+//! taken away when all is in the image: a start that does not find what a
+//! record speaks of must not serve an image that is out of date.
+
+use std::fmt;
+use std::fs;
+use std::io::{self, Write};
+use std::os::fd::AsFd;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use nix::fcntl::{FallocateFlags, fallocate};
+use parking_lot::{Mutex, RwLock};
+use shadow::{
+    BlockFile, Found, Identity, PathError, Paths, Shadow, ShadowFile, Spec, State, header_page,
+    paths,
+};
+use toml::{Table, Value};
+
+use super::disk::{Backing, Origin, Part, Step};
+use super::image::Image;
+use super::volume::LeftShadow;
+use crate::sys::buffer::Body;
+use crate::sys::file::read_now;
+
+/// What the record's name ends with.
+const RECORD: &str = ".shadow.toml";
+
+/// Why a start is refused for its shadow.
+#[derive(Debug)]
+pub enum ShadowError {
+    /// The file itself.
+    Path(PathError),
+    /// It belongs to another image, or to another state of this one; how it
+    /// differs.
+    OtherImage(PathBuf, String),
+    /// There are two of them.
+    Twice(PathBuf, PathBuf),
+    /// A record names a shadow that was not given, or another one.
+    NotGiven(PathBuf),
+    /// A record names a shadow that is not there.
+    Gone(PathBuf),
+    /// It is there, and the image is read-only.
+    ReadOnly(PathBuf),
+    /// The record, or its directory.
+    Record(PathBuf, String),
+    /// Bringing it up to date.
+    Io(PathBuf, &'static str, io::Error),
+}
+
+impl fmt::Display for ShadowError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            ShadowError::Path(e) => write!(f, "{e}"),
+            ShadowError::OtherImage(path, how) => write!(
+                f,
+                "shadow {}: is none of this image ({how}); move it away or name another with -f",
+                path.display()
+            ),
+            ShadowError::Twice(one, other) => write!(
+                f,
+                "shadow {}: there is {} as well; move the one away that is not of this image",
+                one.display(),
+                other.display()
+            ),
+            ShadowError::NotGiven(path) => write!(
+                f,
+                "the image is frozen, and what was written since is in {}; start with -f {}, or \
+                 --discard-shadow gives those writes up",
+                path.display(),
+                path.display()
+            ),
+            ShadowError::Gone(path) => write!(
+                f,
+                "shadow {} is not there, and holds writes that were acknowledged; bring it back, \
+                 or --discard-shadow gives them up",
+                path.display()
+            ),
+            ShadowError::ReadOnly(path) => write!(
+                f,
+                "shadow {} is not merged yet, which changes the image; start once without -r",
+                path.display()
+            ),
+            ShadowError::Record(path, what) => {
+                write!(f, "shadow record {}: {what}", path.display())
+            }
+            ShadowError::Io(path, what, e) => {
+                write!(f, "shadow {}: {what}: {e}; it is kept", path.display())
+            }
+        }
+    }
+}
+
+impl std::error::Error for ShadowError {}
+
+impl From<PathError> for ShadowError {
+    fn from(e: PathError) -> ShadowError {
+        ShadowError::Path(e)
+    }
+}
+
+/// What is asked for of a shadow at a start.
+#[derive(Clone, Debug)]
+pub struct ShadowOptions {
+    /// Its path, if one was given.
+    pub path: Option<PathBuf>,
+    /// Where records are.
+    pub state_dir: PathBuf,
+    /// Gives up what a shadow holds.
+    pub discard: bool,
+}
+
+/// The record of where an image's shadow is.
+#[derive(Clone, Debug)]
+struct Record {
+    path: PathBuf,
+    shadow: PathBuf,
+    identity: Identity,
+    start: u64,
+}
+
+impl Record {
+    fn of(state_dir: &Path, shadow: &Path, identity: Identity, start: u64) -> Record {
+        let crc = crc::Crc::<u64>::new(&crc::CRC_64_XZ);
+        let mut digest = crc.digest();
+        for number in [identity.a, identity.b, start] {
+            digest.update(&number.to_le_bytes());
+        }
+        Record {
+            path: state_dir.join(format!("{:016x}{RECORD}", digest.finalize())),
+            shadow: shadow.to_owned(),
+            identity,
+            start,
+        }
+    }
+
+    fn write(&self) -> io::Result<()> {
+        let mut table = Table::new();
+        table.insert("version".into(), Value::Integer(1));
+        let shadow = self
+            .shadow
+            .to_str()
+            .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidInput, "its path is not UTF-8"))?;
+        table.insert("shadow".into(), Value::String(shadow.to_owned()));
+        for (key, number) in [
+            ("identity_a", self.identity.a),
+            ("identity_b", self.identity.b),
+            ("start", self.start),
+        ] {
+            table.insert(key.into(), Value::String(format!("{number:016x}")));
+        }
+        let directory = self.path.parent().unwrap_or(Path::new("."));
+        fs::create_dir_all(directory)?;
+        let mut file = tempfile::NamedTempFile::new_in(directory)?;
+        file.write_all(table.to_string().as_bytes())?;
+        file.as_file().sync_all()?;
+        file.persist(&self.path)?;
+        paths::sync_directory(&self.path)
+    }
+
+    fn remove(&self) -> io::Result<()> {
+        match fs::remove_file(&self.path) {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
+            _ => {}
+        }
+        paths::sync_directory(&self.path)
+    }
+
+    /// The shadow that a record speaks of, if there is a record.
+    fn read(&self) -> Result<Option<PathBuf>, ShadowError> {
+        let bad = |what: String| ShadowError::Record(self.path.clone(), what);
+        let text = match fs::read_to_string(&self.path) {
+            Ok(text) => text,
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(e) => return Err(bad(e.to_string())),
+        };
+        let table = text.parse::<Table>().ok();
+        let path = table.as_ref().and_then(|t| t.get("shadow")?.as_str());
+        let path = path.map(PathBuf::from);
+        path.map(Some).ok_or_else(|| {
+            bad("it cannot be read; mend it, or --discard-shadow gives the shadow up".into())
+        })
+    }
+}
+
+/// A shadow that was found at a start.
+pub struct FoundShadow {
+    shadow: Shadow<ShadowFile>,
+    name: Found,
+}
+
+impl FoundShadow {
+    /// Bytes of its chunks.
+    pub fn chunk(&self) -> u64 {
+        self.shadow.geometry().chunk()
+    }
+
+    /// Takes over what a dead process's cache held, generation by generation,
+    /// the older ones first. On stable storage after [`sync`](Self::sync).
+    pub fn replay(
+        &mut self,
+        image: &Image,
+        generation: u64,
+        at: u64,
+        bytes: &[u8],
+    ) -> io::Result<()> {
+        let cut = self.name == Found::Cut;
+        replay(
+            &mut self.shadow,
+            cut,
+            &Unaligned(image),
+            generation,
+            at,
+            bytes,
+        )
+    }
+
+    /// Brings what was replayed to stable storage; the image is synced already.
+    pub fn sync(&mut self) -> io::Result<()> {
+        self.shadow.sync()
+    }
+}
+
+/// What a dead process's cache held belongs to the image, if it is older than
+/// the freeze; to the shadow, if it is not; to both as one, if they are being
+/// merged. `cut` says that they are, whatever the header does.
+pub(super) fn replay<F: BlockFile>(
+    shadow: &mut Shadow<F>,
+    cut: bool,
+    image: &dyn BlockFile,
+    generation: u64,
+    at: u64,
+    bytes: &[u8],
+) -> io::Result<()> {
+    if cut || shadow.state() == State::Thawing {
+        seal(shadow)?;
+        shadow.write_thawing(image, at, bytes)
+    } else if generation >= shadow.spec().generation {
+        shadow.write(image, at, bytes)
+    } else {
+        image.write_at(bytes, at)
+    }
+}
+
+/// The header says what the name does: it is to be merged.
+fn seal<F: BlockFile>(shadow: &mut Shadow<F>) -> io::Result<()> {
+    if shadow.state() == State::Thawing {
+        return Ok(());
+    }
+    shadow.set_state(State::Thawing)
+}
+
+/// The image for who writes any sectors of it.
+struct Unaligned<'a>(&'a Image);
+
+impl BlockFile for Unaligned<'_> {
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
+        self.0.read_unaligned(buf, offset)
+    }
+    fn write_at(&self, data: &[u8], offset: u64) -> io::Result<()> {
+        self.0.write_unaligned(data, offset)
+    }
+    fn sync(&self) -> io::Result<()> {
+        self.0.sync()
+    }
+}
+
+/// The files of a freeze.
+pub struct ShadowStore {
+    image: Arc<Image>,
+    paths: Paths,
+    record: Record,
+    /// The shadow, while there is one.
+    open: RwLock<Option<Arc<ShadowFile>>>,
+    /// What is needed to give it its next name and state; steps come one at a
+    /// time.
+    state: Mutex<Option<Held>>,
+}
+
+/// What is known of the shadow's file.
+struct Held {
+    spec: Spec,
+    state: State,
+    sequence: u64,
+    name: Found,
+    /// Whether its directory is to be synced before anything that its name
+    /// promises.
+    owes_sync: bool,
+}
+
+/// What a start finds of an image's shadow, before anything is changed. Refuses
+/// what it must not pass over.
+pub fn find_shadow(
+    image: &Image,
+    options: &ShadowOptions,
+) -> Result<Option<FoundShadow>, ShadowError> {
+    let given = options.path.as_deref();
+    let identity = image.shadow_identity();
+    let identity = identity.map_err(|e| {
+        ShadowError::Record(
+            image.path().to_owned(),
+            format!("asking what image it is: {e}"),
+        )
+    })?;
+    let start = image.id().start;
+    let record = Record::of(&options.state_dir, Path::new(""), identity, start);
+    let recorded = match record.read() {
+        Err(_) if options.discard => None,
+        recorded => recorded?,
+    };
+    if options.discard {
+        if let Some(path) = recorded.as_deref().or(given) {
+            discard(&record, path, recorded.is_some())?;
+        }
+        return match given {
+            Some(path) => probe(path).map(|()| None),
+            None => Ok(None),
+        };
+    }
+    if let Some(recorded) = &recorded {
+        if given != Some(recorded) {
+            return Err(ShadowError::NotGiven(recorded.clone()));
+        }
+    }
+    let Some(path) = given else { return Ok(None) };
+    let paths = Paths::of(path);
+    let found =
+        paths::find(&paths).map_err(|e| ShadowError::Io(path.to_owned(), "looking for it", e))?;
+    let name = match found.as_slice() {
+        [] if recorded.is_some() => return Err(ShadowError::Gone(path.to_owned())),
+        [] if image.is_read_only() => return Ok(None),
+        [] => return probe(path).map(|()| None),
+        [name] => *name,
+        [one, other, ..] => {
+            return Err(ShadowError::Twice(
+                one.path(&paths).to_owned(),
+                other.path(&paths).to_owned(),
+            ));
+        }
+    };
+    let real = name.path(&paths);
+    let mut shadow = paths::open(real)?;
+    let other = |how: String| ShadowError::OtherImage(real.to_owned(), how);
+    if let Some(difference) = shadow.spec().identity.difference(&identity) {
+        return Err(other(difference.to_string()));
+    }
+    let bounds = image.bounds().map_err(|e| other(format!("{e:?}")))?;
+    let geometry = shadow.geometry();
+    if (geometry.start(), geometry.len()) != (bounds.start, bounds.sectors * shadow::SECTOR) {
+        return Err(other(format!(
+            "it is of {} sectors from sector {}; -o and -l must be as they were",
+            geometry.len() / shadow::SECTOR,
+            geometry.start() / shadow::SECTOR
+        )));
+    }
+    if image.is_read_only() {
+        return Err(ShadowError::ReadOnly(real.to_owned()));
+    }
+    // Whoever left it may have seen a sync fail.
+    let confirmed = shadow.confirm();
+    confirmed.map_err(|e| ShadowError::Io(real.to_owned(), "syncing it", e))?;
+    Ok(Some(FoundShadow { shadow, name }))
+}
+
+/// Gives a shadow up, as told: out of the way, and no record of it.
+fn discard(record: &Record, path: &Path, recorded: bool) -> Result<(), ShadowError> {
+    let paths = Paths::of(path);
+    let fail = |what| move |e| ShadowError::Io(path.to_owned(), what, e);
+    for name in paths::find(&paths).map_err(fail("looking for it"))? {
+        let real = name.path(&paths);
+        let held = match paths::open(real) {
+            Ok(shadow) => {
+                let bytes = shadow.map().present() * shadow.geometry().chunk();
+                format!("{} KiB", bytes >> 10)
+            }
+            // Only what is a shadow, or was: anything may have this name.
+            Err(e) if !recorded || !matches!(e.why, paths::Trouble::Open(_)) => {
+                return Err(e.into());
+            }
+            Err(_) => "what cannot be read".into(),
+        };
+        let mut aside = real.as_os_str().to_owned();
+        aside.push(".discarded");
+        fs::rename(real, &aside).map_err(fail("moving it aside"))?;
+        log::warn!(
+            "shadow {}: {held} given up, as told; it is {} now",
+            real.display(),
+            Path::new(&aside).display()
+        );
+    }
+    record.remove().map_err(fail("removing its record"))
+}
+
+impl ShadowStore {
+    /// What works on image and shadow, and what of it is there already: that
+    /// which [`find_shadow`] found, with all replayed that belongs to it.
+    pub fn new(
+        image: Arc<Image>,
+        path: &Path,
+        options: &ShadowOptions,
+        found: Option<FoundShadow>,
+    ) -> Result<(ShadowStore, Option<LeftShadow>), ShadowError> {
+        let fail = |what| move |e| ShadowError::Io(path.to_owned(), what, e);
+        let identity = image
+            .shadow_identity()
+            .map_err(fail("asking what image it is of"))?;
+        let record = Record::of(&options.state_dir, path, identity, image.id().start);
+        let paths = Paths::of(path);
+        let Some(mut found) = found else {
+            let store = ShadowStore {
+                image,
+                paths,
+                record,
+                open: RwLock::new(None),
+                state: Mutex::new(None),
+            };
+            return Ok((store, None));
+        };
+        // A shadow that was moved here has no record yet.
+        record.write().map_err(fail("recording it"))?;
+        if found.name == Found::Cut {
+            seal(&mut found.shadow).map_err(fail("marking it"))?;
+        }
+        if found.name == Found::New && found.shadow.state() != State::Thawing {
+            // What was written before the freeze is in the image.
+            image.sync().map_err(fail("syncing the image"))?;
+            paths::rename(&paths.new, &paths.shadow).map_err(fail("renaming it"))?;
+            found.name = Found::Plain;
+        }
+        let name = found.name;
+        let (file, spec, state, sequence, map) = found.shadow.into_parts();
+        let left = LeftShadow {
+            state,
+            geometry: spec.geometry,
+            map,
+            generation: spec.generation,
+        };
+        let held = Held {
+            spec,
+            state,
+            sequence,
+            name,
+            owes_sync: false,
+        };
+        let store = ShadowStore {
+            image,
+            paths,
+            record,
+            open: RwLock::new(Some(Arc::new(file))),
+            state: Mutex::new(Some(held)),
+        };
+        Ok((store, Some(left)))
+    }
+
+    fn file(&self) -> io::Result<Arc<ShadowFile>> {
+        let open = self.open.read();
+        open.clone()
+            .ok_or_else(|| io::Error::new(io::ErrorKind::NotFound, "there is no shadow now"))
+    }
+
+    fn create(&self, spec: &Spec, reserve: u64) -> io::Result<()> {
+        let (file, spec, state, sequence, _) = paths::create(&self.paths, spec)
+            .map_err(io::Error::other)?
+            .into_parts();
+        let end = spec.geometry.data_end() as i64;
+        let made = fallocate(file.as_fd(), FallocateFlags::empty(), end, reserve as i64)
+            .map_err(io::Error::from)
+            .and_then(|()| file.sync())
+            .and_then(|()| self.record.write());
+        if let Err(e) = made {
+            // The first error is the one to tell.
+            let _ = self.record.remove();
+            let _ = paths::remove(&self.paths.new);
+            return Err(e);
+        }
+        *self.open.write() = Some(Arc::new(file));
+        *self.state.lock() = Some(Held {
+            spec,
+            state,
+            sequence,
+            name: Found::New,
+            owes_sync: false,
+        });
+        Ok(())
+    }
+
+    /// Gives it the name it has in the next phase, unless it has it.
+    fn rename(&self, held: &mut Held, name: Found) -> io::Result<()> {
+        if held.name == name {
+            return Ok(());
+        }
+        let (from, to) = (held.name.path(&self.paths), name.path(&self.paths));
+        match paths::rename(from, to) {
+            Ok(()) => held.name = name,
+            // Renamed, and the directory could not be synced: it has the name
+            // that it will have, and the sync is owed.
+            Err(e) if !from.exists() && to.exists() => {
+                held.name = name;
+                held.owes_sync = true;
+                return Err(e);
+            }
+            Err(e) => return Err(e),
+        }
+        Ok(())
+    }
+
+    /// Marks it as one to be merged. Before this is on the disk, the image is
+    /// not touched.
+    fn seal(&self, held: &mut Held, cut: bool) -> io::Result<()> {
+        if cut && held.name == Found::Plain {
+            self.rename(held, Found::Cut)?;
+        }
+        self.give_back(held)?;
+        if held.state != State::Thawing {
+            let file = self.file()?;
+            let page = header_page(&held.spec, State::Thawing, held.sequence + 1);
+            file.write_at(&page.bytes, page.offset)?;
+            file.sync()?;
+            held.sequence += 1;
+            held.state = State::Thawing;
+        }
+        Ok(())
+    }
+
+    /// Gives the room back that was taken at once.
+    fn give_back(&self, held: &Held) -> io::Result<()> {
+        let file = self.file()?;
+        let end = held.spec.geometry.data_end() as i64;
+        Ok(nix::unistd::ftruncate(file.as_fd(), end)?)
+    }
+
+    fn vanish(&self, slot: &mut Option<Held>) -> io::Result<()> {
+        let Some(held) = slot else { return Ok(()) };
+        // The record first: a shadow without one is merged to its end, and is
+        // empty; a record without a shadow would stop every start.
+        self.record.remove()?;
+        match paths::remove(held.name.path(&self.paths)) {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
+            _ => {}
+        }
+        *self.open.write() = None;
+        *slot = None;
+        Ok(())
+    }
+}
+
+/// Whether a shadow could be made there: tried with a file of no name.
+fn probe(path: &Path) -> Result<(), ShadowError> {
+    let fail = |what| move |e| ShadowError::Io(path.to_owned(), what, e);
+    let paths = Paths::of(path);
+    let directory = path.parent().unwrap_or(Path::new("/"));
+    let file = tempfile::tempfile_in(directory).map_err(fail("making a file beside it"))?;
+    const LEN: u64 = 4 << 20;
+    file.set_len(LEN).map_err(fail("giving a file a length"))?;
+    let taken = std::os::unix::fs::MetadataExt::blocks(
+        &file.metadata().map_err(fail("looking at a file"))?,
+    ) * 512;
+    if taken > LEN / 4 {
+        return Err(ShadowError::Path(PathError {
+            path: paths.shadow,
+            why: paths::Trouble::NoHoles,
+        }));
+    }
+    Ok(())
+}
+
+impl BlockFile for ShadowStore {
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
+        self.file()?.read_at(buf, offset)
+    }
+
+    fn write_at(&self, data: &[u8], offset: u64) -> io::Result<()> {
+        self.file()?.write_at(data, offset)
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        self.file()?.sync()
+    }
+}
+
+impl Backing for ShadowStore {
+    fn read_now(&self, buf: &mut [u8], offset: u64) -> bool {
+        let open = self.open.read();
+        let file = open.as_ref();
+        file.is_some_and(|file| read_now(file.as_file(), buf, offset).unwrap_or(false))
+    }
+
+    fn write_pieces(&self, pieces: &[Body], offset: u64) -> io::Result<()> {
+        let file = self.file()?;
+        super::image::write_pieces(file.as_file(), pieces, offset)
+    }
+
+    fn gather(&self, parts: &[Part], buf: &mut [u8]) -> io::Result<()> {
+        let mut rest = buf;
+        for Part { origin, len } in parts {
+            let (piece, behind) = rest.split_at_mut(*len);
+            match origin {
+                Origin::Image(at) => self.image.read_at(piece, *at)?,
+                Origin::Shadow(at) => self.file()?.read_at(piece, *at)?,
+                Origin::Zeros => piece.fill(0),
+            }
+            rest = behind;
+        }
+        Ok(())
+    }
+
+    fn step(&self, step: &Step) -> io::Result<()> {
+        let mut state = self.state.lock();
+        if let Step::Create {
+            uuid,
+            generation,
+            geometry,
+            reserve,
+        } = step
+        {
+            drop(state);
+            let spec = Spec {
+                uuid: *uuid,
+                generation: *generation,
+                geometry: *geometry,
+                identity: self.image.shadow_identity()?,
+            };
+            return self.create(&spec, *reserve);
+        }
+        if let Step::Vanish = step {
+            return self.vanish(&mut state);
+        }
+        let Some(held) = state.as_mut() else {
+            return Err(io::Error::other("there is no shadow"));
+        };
+        if held.owes_sync {
+            paths::sync_directory(&self.paths.shadow)?;
+            held.owes_sync = false;
+        }
+        match step {
+            Step::Appear => self.rename(held, Found::Plain),
+            Step::Seal { cut } => self.seal(held, *cut),
+            Step::Release => self.give_back(held),
+            Step::Create { .. } | Step::Vanish => Ok(()),
+        }
+    }
+
+    fn name(&self) -> String {
+        self.paths.shadow.display().to_string()
+    }
+}

@@ -1,0 +1,560 @@
+//! The phases of a freeze, and the steps between them. Each step's order is why
+//! a crash at any point loses nothing:
+//!
+//! ```text
+//! Creating   PATH.new is made, "freezing", and synced
+//!            the cut: what was written is of the old generation, what comes of the new
+//! Freezing   the old generation goes to the image, which is synced
+//! Appearing  PATH.new becomes PATH: the image is still and whole
+//! Frozen     the new generation goes to the shadow: data, sync, bits, sync
+//! Sealing    nothing more goes there; (PATH becomes PATH.cut;) "thawing", synced
+//! Thawing    everything goes to the image: data, sync, bits cleared, sync
+//! Vanishing  all is in the image, and synced: the shadow is removed
+//! ```
+//!
+//! Until "thawing" is on the disk the image is not touched; from then on a dead
+//! process's cache is the image's. Before, what the cache holds of the new
+//! generation is the shadow's.
+
+use std::time::{Duration, Instant};
+
+use shadow::{Commit, Geometry, Map, SECTOR, State};
+
+use super::super::cache::{DIRTY_MIN, Epoch};
+use super::super::disk::{Disk, DiskError, Job, JobId, Step};
+use super::Volume;
+use super::merge::Merge;
+use super::view::View;
+use crate::freeze::{Begin, OnStop, Order, Phase, Senseless, WhenFull, decide};
+
+pub(super) const STEP: JobId = JobId(u64::MAX - 3);
+pub(super) const COMMIT: JobId = JobId(u64::MAX - 4);
+pub(super) const FORGET: JobId = JobId(u64::MAX - 5);
+/// How long after a step failed it is tried again.
+const STEP_RETRY: Duration = Duration::from_secs(1);
+/// The part of a limit that is taken at once.
+const RESERVE_SHARE: u64 = 4;
+
+/// What a volume is told of its shadow.
+pub struct ShadowSide {
+    /// Does what must be done in it. The engine's backing knows both files, and
+    /// wakes as the image's does.
+    pub disk: Box<dyn Disk>,
+    /// The most bytes it may have.
+    pub limit: Option<u64>,
+    /// What it is called.
+    pub name: String,
+    /// One that a process before us has left, brought up to date.
+    pub left: Option<LeftShadow>,
+}
+
+/// A shadow that is there already.
+#[derive(Debug)]
+pub struct LeftShadow {
+    /// Frozen or thawing.
+    pub state: State,
+    /// What it covers.
+    pub geometry: Geometry,
+    /// What is in it.
+    pub map: Map,
+    /// That of the writes that it takes.
+    pub generation: u64,
+}
+
+/// Where a volume stands between two freezes.
+#[derive(Debug)]
+pub(super) enum Stage {
+    Running,
+    /// The shadow is being made.
+    Creating {
+        made: bool,
+        uuid: [u8; 16],
+        geometry: Geometry,
+        slots: u32,
+    },
+    /// Everything up to an epoch goes to the image.
+    Freezing {
+        cut: Epoch,
+    },
+    Appearing,
+    Frozen,
+    Sealing {
+        cut: bool,
+    },
+    Thawing,
+    Vanishing,
+    /// No shadow: writes are not answered, until this time at the latest.
+    Held {
+        until: Instant,
+        drain: Epoch,
+        still: bool,
+    },
+}
+
+/// A freeze, and what is asked of it besides.
+pub(super) struct Freezing {
+    pub stage: Stage,
+    pub side: Option<ShadowSide>,
+    /// What the next chance is used for.
+    thaw: Option<Thaw>,
+    /// Whether a step is under way, and when one that failed is tried again.
+    step: bool,
+    retry_at: Option<Instant>,
+    /// The shadow takes no more: until when writes are not answered.
+    full: Option<Instant>,
+    /// What a stop does with a shadow.
+    pub on_stop: OnStop,
+    /// How many slots may be dirty when nothing is frozen.
+    pub dirty_max: u32,
+    /// A change of the bitmap for a discard that is under way.
+    pub forgetting: Option<Commit>,
+}
+
+/// A thaw that waits for its moment.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Thaw {
+    Ordered,
+    /// Nobody has: whoever copies the image must see that it moves.
+    Unasked,
+}
+
+impl Freezing {
+    pub fn new(dirty_max: u32) -> Freezing {
+        Freezing {
+            stage: Stage::Running,
+            side: None,
+            thaw: None,
+            step: false,
+            retry_at: None,
+            full: None,
+            on_stop: OnStop::Merge,
+            dirty_max,
+            forgetting: None,
+        }
+    }
+
+    /// Whether a discard is changing the bitmap.
+    pub fn is_forgetting(&self) -> bool {
+        self.forgetting.is_some()
+    }
+
+    fn name(&self) -> &str {
+        self.side.as_ref().map_or("", |side| &side.name)
+    }
+}
+
+impl Volume {
+    /// A volume that can be frozen with a shadow, or is since before.
+    pub fn with_shadow(mut self, mut side: ShadowSide) -> Volume {
+        if let Some(left) = side.left.take() {
+            self.cache.set_generation(left.generation);
+            match left.state {
+                State::Freezing | State::Frozen => {
+                    self.freezing.stage = Stage::Frozen;
+                    let slots = self.reserve(side.limit);
+                    self.cache.limit_dirty(slots);
+                }
+                State::Thawing => self.begin_thawing(),
+            }
+            self.view = Some(View {
+                geometry: left.geometry,
+                map: left.map,
+            });
+        }
+        self.freezing.side = Some(side);
+        self
+    }
+
+    /// How far a freeze has come.
+    pub fn phase(&self) -> Phase {
+        match self.freezing.stage {
+            Stage::Running => Phase::Running,
+            Stage::Creating { .. } | Stage::Freezing { .. } | Stage::Appearing => Phase::Freezing,
+            Stage::Frozen if self.freezing.thaw.is_none() => Phase::Frozen,
+            Stage::Frozen | Stage::Sealing { .. } | Stage::Thawing | Stage::Vanishing => {
+                Phase::Thawing
+            }
+            Stage::Held { .. } => Phase::Held,
+        }
+    }
+
+    /// Whether there is a shadow, or will be, so that the image must keep its
+    /// size.
+    pub fn is_bound(&self) -> bool {
+        !matches!(self.freezing.stage, Stage::Running | Stage::Held { .. })
+    }
+
+    /// Chunks that are yet to be merged.
+    pub fn unmerged(&self) -> u64 {
+        self.view.as_ref().map_or(0, |view| view.map.present())
+    }
+
+    /// Takes an order; `uuid` names the shadow of a freeze.
+    pub fn order(&mut self, now: Instant, order: Order, uuid: [u8; 16]) -> Result<(), Senseless> {
+        match decide(self.phase(), order, self.freezing.side.is_some())? {
+            Begin::Freeze => self.begin_freeze(uuid),
+            Begin::Hold => {
+                log::info!("freeze: no write is answered from now on (there is no -f)");
+                self.freezing.stage = Stage::Held {
+                    until: now + self.options.hold_max,
+                    drain: self.cache.close_epoch(),
+                    still: false,
+                };
+            }
+            Begin::Withdraw => {
+                log::info!("thaw: the freeze is withdrawn");
+                self.freezing.thaw = Some(Thaw::Ordered);
+            }
+            Begin::Thaw => self.freezing.thaw = Some(Thaw::Ordered),
+            Begin::Release => self.release("thaw"),
+        }
+        Ok(())
+    }
+
+    /// What is done with the shadow at the end.
+    pub fn set_on_stop(&mut self, on_stop: OnStop) {
+        self.freezing.on_stop = on_stop;
+    }
+
+    /// What is done with the shadow at the end.
+    pub fn on_stop(&self) -> OnStop {
+        self.freezing.on_stop
+    }
+
+    fn release(&mut self, why: &str) {
+        log::info!("{why}: writes are answered again");
+        self.freezing.stage = Stage::Running;
+    }
+
+    /// How many slots may be dirty while their only place may be a full disk's
+    /// shadow: as many as room is taken for at once.
+    fn reserve(&self, limit: Option<u64>) -> u32 {
+        let block = self.cache.block_bytes();
+        let most = limit.map_or(u64::MAX, |limit| limit / RESERVE_SHARE / block);
+        most.max(DIRTY_MIN).min(u64::from(self.freezing.dirty_max)) as u32
+    }
+
+    fn begin_freeze(&mut self, uuid: [u8; 16]) {
+        let limit = self.freezing.side.as_ref().and_then(|side| side.limit);
+        let slots = self.reserve(limit);
+        let block = self.cache.block_bytes();
+        let Some(geometry) = Geometry::new(
+            block as u32,
+            self.bounds.start,
+            self.bounds.sectors * SECTOR,
+        ) else {
+            log::error!("freeze: this image is too large for a shadow; nothing done");
+            return;
+        };
+        log::info!("freeze: making {}.new", self.freezing.name());
+        self.freezing.stage = Stage::Creating {
+            made: false,
+            uuid,
+            geometry,
+            slots,
+        };
+        let step = Step::Create {
+            uuid,
+            generation: self.cache.generation() + 1,
+            geometry,
+            reserve: u64::from(slots) * block,
+        };
+        self.submit_step(step);
+    }
+
+    fn submit_step(&mut self, step: Step) {
+        if let Some(side) = &mut self.freezing.side {
+            self.freezing.step = true;
+            side.disk.submit(STEP, Job::Step(step));
+        }
+    }
+
+    pub(super) fn step_ended(&mut self, result: Result<(), DiskError>, now: Instant) {
+        self.freezing.step = false;
+        self.freezing.retry_at = None;
+        let failed = result.inspect_err(|e| log::error!("{e}")).is_err();
+        let name = self.freezing.name().to_owned();
+        match &mut self.freezing.stage {
+            Stage::Creating { made, .. } if !failed => *made = true,
+            Stage::Creating { .. } => {
+                log::error!("freeze: not done, and nothing is changed");
+                self.freezing.stage = Stage::Running;
+                self.freezing.thaw = None;
+            }
+            Stage::Appearing if !failed => {
+                log::info!("frozen: {name} is there, and the image is still");
+                self.freezing.stage = Stage::Frozen;
+            }
+            Stage::Appearing => {
+                log::error!("freeze: withdrawn, since {name} cannot appear");
+                // It may have the name all the same.
+                self.freezing.stage = Stage::Sealing { cut: true };
+            }
+            Stage::Sealing { .. } if !failed => {
+                // What went to the shadow and is not there for certain is the
+                // image's now, like all else.
+                self.cache.write_again(now);
+                self.begin_thawing();
+                self.freezing.thaw = None;
+                self.freezing.full = None;
+            }
+            Stage::Vanishing if !failed => {
+                log::info!("thawed: all is in the image, and {name} is gone");
+                self.view = None;
+                self.merge = Merge::default();
+                self.cache.limit_dirty(self.freezing.dirty_max);
+                self.freezing.stage = Stage::Running;
+                self.freezing.thaw = None;
+            }
+            // A release of the reserve changes no stage.
+            Stage::Frozen => {}
+            _ => self.freezing.retry_at = Some(now + STEP_RETRY),
+        }
+    }
+
+    /// Goes on with the freeze as far as it goes now.
+    pub(super) fn advance_freeze(&mut self, now: Instant) {
+        if self.draining {
+            self.stop_freeze();
+        }
+        self.freezing.retry_at.take_if(|at| *at <= now);
+        let idle = !self.freezing.step && self.freezing.retry_at.is_none();
+        match self.freezing.stage {
+            Stage::Running => {}
+            Stage::Creating {
+                made,
+                uuid,
+                geometry,
+                slots,
+            } => {
+                // A discard that the disk has is of the generation before.
+                if made && !self.discarding.is_submitted() {
+                    self.view = Some(View {
+                        geometry,
+                        map: Map::new(geometry, uuid),
+                    });
+                    self.cache.limit_dirty(slots);
+                    let cut = self.cache.begin_generation();
+                    self.freezing.stage = Stage::Freezing { cut };
+                }
+            }
+            Stage::Freezing { cut } => {
+                if self.cache.is_synced(cut) {
+                    self.cache.end_drain();
+                    if self.freezing.thaw.is_some() {
+                        self.freezing.stage = Stage::Sealing { cut: false };
+                    } else {
+                        self.freezing.stage = Stage::Appearing;
+                        self.submit_step(Step::Appear);
+                    }
+                }
+            }
+            Stage::Appearing => {}
+            Stage::Frozen => {
+                if self.freezing.full.is_some_and(|until| until <= now) {
+                    log::warn!("thaw: the shadow was full for too long");
+                    self.freezing.thaw.get_or_insert(Thaw::Unasked);
+                }
+                if let Some(thaw) = self.freezing.thaw {
+                    let cut = thaw == Thaw::Unasked;
+                    let why = if cut {
+                        "thaw, which nobody ordered"
+                    } else {
+                        "thaw"
+                    };
+                    log::info!("{why}: {} MiB to merge", self.unmerged_mib());
+                    self.freezing.stage = Stage::Sealing { cut };
+                }
+            }
+            Stage::Sealing { cut } => {
+                // What is under way to the shadow ends first.
+                let quiet =
+                    self.writing == 0 && self.syncing.is_none() && !self.discarding.is_submitted();
+                if quiet && idle {
+                    self.submit_step(Step::Seal { cut });
+                }
+            }
+            Stage::Thawing => {
+                self.merge(now);
+                let plain = self.unmerged() == 0 && self.syncing.is_none();
+                let view = self.view.as_ref();
+                let doubtful = view.is_some_and(|view| view.map.is_doubtful());
+                if plain && doubtful && self.flushing.is_none() {
+                    self.cache.record_outside(now);
+                    self.flushing = Some(self.cache.close_epoch());
+                }
+                let done = plain && !doubtful && self.merge.is_idle();
+                // Nothing that reads the shadow is under way any more.
+                if done && self.gathers == 0 && !self.is_discarding() {
+                    self.freezing.stage = Stage::Vanishing;
+                    self.submit_step(Step::Vanish);
+                }
+            }
+            Stage::Vanishing => {
+                if idle {
+                    self.submit_step(Step::Vanish);
+                }
+            }
+            Stage::Held {
+                until,
+                drain,
+                still,
+            } => {
+                if !still && self.parked.is_empty() && self.cache.is_synced(drain) {
+                    log::info!("frozen: the image is still");
+                    self.freezing.stage = Stage::Held {
+                        until,
+                        drain,
+                        still: true,
+                    };
+                } else if !still && self.cache.is_synced(drain) {
+                    // What had waited for a slot came in meanwhile.
+                    let drain = self.cache.close_epoch();
+                    self.freezing.stage = Stage::Held {
+                        until,
+                        drain,
+                        still,
+                    };
+                }
+                if until <= now {
+                    self.release("thaw, since hold_max is over");
+                }
+            }
+        }
+    }
+
+    /// From here on everything goes to the image; hosts leave the merge its share
+    /// of the slots that may be dirty.
+    fn begin_thawing(&mut self) {
+        let all = u64::from(self.freezing.dirty_max);
+        let share = u64::from(self.options.merge_share);
+        let hosts = (all * (100 - share) / 100).max(DIRTY_MIN).min(all);
+        self.cache.limit_dirty(hosts as u32);
+        self.freezing.stage = Stage::Thawing;
+    }
+
+    fn unmerged_mib(&self) -> u64 {
+        let view = self.view.as_ref();
+        view.map_or(0, |view| view.map.present() * view.geometry.chunk()) >> 20
+    }
+
+    /// Brings the freeze to where a stop may find it.
+    fn stop_freeze(&mut self) {
+        if matches!(self.freezing.stage, Stage::Held { .. }) {
+            self.release("stop");
+        } else if self.freezing.on_stop == OnStop::Merge && self.phase() != Phase::Running {
+            self.freezing.thaw.get_or_insert(Thaw::Unasked);
+        }
+    }
+
+    /// Whether a stop may leave the freeze as it is.
+    pub(super) fn may_stop(&self) -> bool {
+        let keep = self.freezing.on_stop == OnStop::Keep && self.freezing.thaw.is_none();
+        match self.freezing.stage {
+            Stage::Running => true,
+            Stage::Frozen => keep,
+            Stage::Thawing => self.freezing.on_stop == OnStop::Keep,
+            _ => false,
+        }
+    }
+
+    /// When the freeze goes on by itself.
+    pub(super) fn freeze_deadline(&self) -> Option<Instant> {
+        let held = match self.freezing.stage {
+            Stage::Held { until, .. } => Some(until),
+            _ => self.freezing.full,
+        };
+        let merge = match self.freezing.stage {
+            Stage::Thawing => self.merge.retry_at(),
+            _ => None,
+        };
+        let all = [held, merge, self.freezing.retry_at];
+        all.into_iter().flatten().min()
+    }
+
+    /// Up to which epoch the freeze wants the cache written back.
+    pub(super) fn freeze_wants(&self) -> Option<Epoch> {
+        match self.freezing.stage {
+            Stage::Freezing { cut } => Some(cut),
+            Stage::Held { drain, .. } => Some(drain),
+            _ => None,
+        }
+    }
+
+    /// Whether a write of so many sectors must go unanswered.
+    pub(super) fn holds_writes(&mut self, now: Instant, sectors: u64) -> bool {
+        match self.freezing.stage {
+            Stage::Running => false,
+            Stage::Held { .. } => true,
+            Stage::Frozen => {
+                if self.freezing.full.is_none() && self.is_over_limit(sectors) {
+                    self.shadow_is_full(now, false);
+                }
+                self.freezing.full.is_some()
+            }
+            _ => false,
+        }
+    }
+
+    /// Whether the shadow would have more than it may if all that is dirty, and
+    /// so many sectors more, went there: data, bitmap, and what was taken at once.
+    fn is_over_limit(&self, sectors: u64) -> bool {
+        let limit = self.freezing.side.as_ref().and_then(|side| side.limit);
+        let (Some(limit), Some(view)) = (limit, &self.view) else {
+            return false;
+        };
+        let (block, geometry) = (self.cache.block_bytes(), view.geometry);
+        let (dirty, dirty_max) = self.cache.dirty();
+        let more = u64::from(dirty) + (sectors * SECTOR).div_ceil(block) + 1;
+        let data = view.map.data_chunks() * geometry.chunk() + more * block;
+        // Both copies of each page, the headers, and what the filesystem needs
+        // to know where the chunks are.
+        let pages = geometry.pages().min(view.map.present() + more);
+        let bitmap = (pages + 1) * 8192 + data / 64;
+        data + bitmap + u64::from(dirty_max) * block > limit
+    }
+
+    /// The shadow can take no more.
+    pub(super) fn shadow_is_full(&mut self, now: Instant, no_space: bool) {
+        let frozen = matches!(self.freezing.stage, Stage::Frozen);
+        if !frozen || self.freezing.thaw.is_some() || self.freezing.full.is_some() {
+            return;
+        }
+        let name = self.freezing.name();
+        let why = if no_space {
+            "its filesystem is full"
+        } else {
+            "it has reached its limit"
+        };
+        match self.options.shadow_full {
+            WhenFull::Thaw => {
+                log::error!("shadow {name}: {why}; thawing");
+                self.freezing.thaw = Some(Thaw::Unasked);
+            }
+            WhenFull::Hold => {
+                log::error!("shadow {name}: {why}; no write is answered until a thaw");
+                self.freezing.full = Some(now + self.options.hold_max);
+                // For what is acknowledged and not there yet.
+                if no_space && !self.freezing.step {
+                    self.submit_step(Step::Release);
+                }
+            }
+        }
+    }
+
+    /// Where what is dirty is written back to now.
+    pub(super) fn destination(&self) -> Option<Destination> {
+        match self.freezing.stage {
+            Stage::Frozen => Some(Destination::Shadow),
+            Stage::Appearing | Stage::Sealing { .. } => None,
+            _ => Some(Destination::Image),
+        }
+    }
+}
+
+/// A file that takes what is dirty.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Destination {
+    Image,
+    Shadow,
+}
