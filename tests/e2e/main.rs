@@ -14,6 +14,7 @@ mod devices;
 mod faults;
 mod floors;
 mod frames;
+mod freeze;
 mod hostile;
 mod kills;
 mod life;

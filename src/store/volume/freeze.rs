@@ -317,6 +317,17 @@ impl Volume {
         if self.draining {
             self.stop_freeze();
         }
+        // Nothing else may happen that would bring us here again.
+        loop {
+            let stage = std::mem::discriminant(&self.freezing.stage);
+            self.next_stage(now);
+            if stage == std::mem::discriminant(&self.freezing.stage) {
+                return;
+            }
+        }
+    }
+
+    fn next_stage(&mut self, now: Instant) {
         self.freezing.retry_at.take_if(|at| *at <= now);
         let idle = !self.freezing.step && self.freezing.retry_at.is_none();
         match self.freezing.stage {

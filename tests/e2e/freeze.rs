@@ -1,0 +1,276 @@
+//! A still image for backups: the shadow file comes and goes with the signals,
+//! the image stays as it was, and nothing acknowledged is lost whatever dies.
+
+use std::fs;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use initiator::client::Client;
+use initiator::lab::{self, Deadline, Need, Process};
+use nix::sys::signal::Signal;
+
+use crate::rig::QUICK;
+use crate::support::{Store, Wire, command, files, serve, stop};
+use crate::workshop::soon;
+
+const SECTORS: u64 = 4096;
+
+/// A wire, an image, a place for a shadow.
+struct Bed {
+    wire: Wire,
+    store: Store,
+}
+
+impl Bed {
+    fn new() -> Bed {
+        Bed {
+            wire: Wire::new(1500),
+            store: Store::new(SECTORS),
+        }
+    }
+
+    fn shadow(&self) -> PathBuf {
+        self.store.path().join("shadow.img")
+    }
+
+    /// The shadow under all of its names that are there.
+    fn shadows(&self) -> Vec<PathBuf> {
+        let all = files(self.store.path(), "");
+        let is = |path: &PathBuf| {
+            let name = path.file_name().unwrap().to_string_lossy().into_owned();
+            name.starts_with("shadow.img")
+        };
+        all.into_iter().filter(is).collect()
+    }
+
+    fn options(&self, extra: &[&str]) -> Vec<String> {
+        let shadow = self.shadow().display().to_string();
+        let all = [&QUICK[..], &["-f", &shadow], extra].concat();
+        all.into_iter().map(str::to_owned).collect()
+    }
+
+    fn start(&self, extra: &[&str]) -> Process {
+        let options = self.options(extra);
+        let options: Vec<&str> = options.iter().map(String::as_str).collect();
+        serve(&self.wire.host, &self.store, &["tgt0"], &options)
+    }
+
+    fn client(&self) -> Client {
+        self.wire.client()
+    }
+
+    fn image(&self) -> Vec<u8> {
+        fs::read(self.store.image()).unwrap()
+    }
+
+    /// The sectors as a host reads them.
+    fn seen(&self) -> Vec<u8> {
+        self.client().read_many(0, SECTORS as usize).unwrap()
+    }
+
+    #[track_caller]
+    fn freeze(&self, target: &Process) {
+        order(target, 1);
+        until("the shadow appears", || self.shadow().exists());
+    }
+
+    #[track_caller]
+    fn thaw(&self, target: &Process) {
+        order(target, 2);
+        until("the shadow vanishes", || self.shadows().is_empty());
+    }
+
+    /// Nothing is left of a freeze.
+    #[track_caller]
+    fn nothing_left(&self) {
+        assert_eq!(self.shadows(), [] as [PathBuf; 0]);
+        let records = files(&self.store.state(), ".shadow.toml");
+        assert_eq!(records, [] as [PathBuf; 0]);
+    }
+}
+
+/// USR1 so often, then USR2, with the pause that senders owe.
+fn order(target: &Process, count: usize) {
+    for _ in 0..count {
+        target.signal(Signal::SIGUSR1).unwrap();
+        // Not a wait: equal signals that are pending together are one.
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    target.signal(Signal::SIGUSR2).unwrap();
+}
+
+#[track_caller]
+fn until(what: &str, mut done: impl FnMut() -> bool) {
+    let deadline = soon();
+    while !done() {
+        assert!(!deadline.passed(), "waited for too long: {what}");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}
+
+fn data(seed: u8, sectors: usize) -> Vec<u8> {
+    (0..sectors * 512)
+        .map(|i| (i / 7) as u8 ^ seed | 1)
+        .collect()
+}
+
+#[test]
+fn a_freeze_keeps_the_image_still_and_a_thaw_brings_everything_to_it() {
+    if !lab::require("freeze and thaw", &[Need::Network]) {
+        return;
+    }
+    for extra in [&[][..], &["-s"], &["-d"], &["--set", "disk_engine=threads"]] {
+        println!("with {extra:?}");
+        let bed = Bed::new();
+        let target = bed.start(extra);
+        let mut client = bed.client();
+        client.write_many(0, &data(1, 1000)).unwrap();
+        client.write_many(2001, &data(2, 3)).unwrap();
+        bed.freeze(&target);
+        let still = bed.image();
+        assert!(still[..512_000] == data(1, 1000), "the image is not whole");
+        assert!(still[2001 * 512..2004 * 512] == data(2, 3));
+        // Over old data, beside it, and in parts of a block.
+        client.write_many(500, &data(3, 1000)).unwrap();
+        client.write_many(2002, &data(4, 1)).unwrap();
+        client.write_many(4095, &data(5, 1)).unwrap();
+        client.flush().unwrap();
+        let seen = bed.seen();
+        assert!(seen[500 * 512..1500 * 512] == data(3, 1000));
+        assert!(seen[..500 * 512] == data(1, 1000)[..500 * 512]);
+        assert!(seen[2001 * 512..2002 * 512] == data(2, 3)[..512]);
+        assert!(seen[2002 * 512..2003 * 512] == data(4, 1));
+        assert!(seen[4095 * 512..] == data(5, 1));
+        assert!(bed.image() == still, "the image moves while it is frozen");
+        bed.thaw(&target);
+        assert!(bed.seen() == seen);
+        let image = bed.image();
+        for (n, (a, b)) in image.chunks(512).zip(seen.chunks(512)).enumerate() {
+            assert!(a == b, "sector {n} was not merged");
+        }
+        bed.nothing_left();
+        stop(target);
+        assert!(bed.image() == seen);
+    }
+}
+
+#[test]
+fn killed_in_any_phase_nothing_acknowledged_is_lost() {
+    if !lab::require("kills in each phase of a freeze", &[Need::Network]) {
+        return;
+    }
+    let bed = Bed::new();
+    let held = ["--set", "idle_flush=600000"];
+    let mut target = bed.start(&held);
+    let mut client = bed.client();
+    client.write_many(0, &data(1, 600)).unwrap();
+    bed.freeze(&target);
+    let still = bed.image();
+    client.write_many(100, &data(2, 600)).unwrap();
+    // Frozen, with all of it in the cache.
+    target.kill().unwrap();
+    assert!(bed.image() == still);
+    for extra in [&[][..], &held] {
+        let mut target = bed.start(extra);
+        assert!(bed.seen()[100 * 512..700 * 512] == data(2, 600));
+        assert!(bed.image() == still, "the image moves while it is frozen");
+        bed.client().write_many(3000, &data(3, 10)).unwrap();
+        target.kill().unwrap();
+    }
+    // Thawing.
+    let mut target = bed.start(&[]);
+    order(&target, 2);
+    target.kill().unwrap();
+    let target = bed.start(&[]);
+    order(&target, 2);
+    until("the shadow vanishes", || bed.shadows().is_empty());
+    let seen = bed.seen();
+    assert!(seen[..100 * 512] == data(1, 600)[..100 * 512]);
+    assert!(seen[100 * 512..700 * 512] == data(2, 600));
+    assert!(seen[3000 * 512..3010 * 512] == data(3, 10));
+    bed.nothing_left();
+    stop(target);
+    assert!(bed.image() == seen);
+}
+
+#[test]
+fn a_start_without_the_shadow_is_refused() {
+    if !lab::require("a start that forgets the shadow", &[Need::Network]) {
+        return;
+    }
+    let bed = Bed::new();
+    let mut target = bed.start(&[]);
+    bed.freeze(&target);
+    bed.client().write_many(0, &data(1, 8)).unwrap();
+    target.kill().unwrap();
+    let refused = |options: &[&str]| {
+        let options = [&QUICK[..], options].concat();
+        let mut process = command(&bed.wire.host, &bed.store, &["tgt0"], &options)
+            .start()
+            .unwrap();
+        let status = process.wait(Deadline::seconds(20)).unwrap();
+        let said = process.output().join("\n");
+        assert_eq!(status.code(), Some(1), "{said}");
+        said
+    };
+    let path = bed.shadow().display().to_string();
+    for options in [&[][..], &["-f", "/nowhere-else"]] {
+        let said = refused(options);
+        assert!(said.contains(&format!("start with -f {path}")), "{said}");
+        assert!(said.contains("--discard-shadow"), "{said}");
+    }
+    let said = refused(&["-r", "-f", &path]);
+    assert!(said.contains("without -r"), "{said}");
+    let away = bed.store.path().join("away");
+    fs::rename(bed.shadow(), &away).unwrap();
+    let said = refused(&["-f", &path]);
+    assert!(said.contains("is not there"), "{said}");
+    fs::rename(&away, bed.shadow()).unwrap();
+    let target = bed.start(&[]);
+    assert!(bed.seen()[..4096] == data(1, 8));
+    bed.thaw(&target);
+    stop(target);
+    assert!(bed.image()[..4096] == data(1, 8));
+}
+
+#[test]
+fn a_stop_merges_or_keeps_as_told() {
+    if !lab::require("stops while frozen", &[Need::Network]) {
+        return;
+    }
+    let bed = Bed::new();
+    let target = bed.start(&["--set", "on_stop=keep"]);
+    bed.freeze(&target);
+    let still = bed.image();
+    bed.client().write_many(7, &data(1, 300)).unwrap();
+    stop(target);
+    assert!(bed.shadow().exists() && bed.image() == still);
+    let target = bed.start(&[]);
+    assert!(bed.seen()[7 * 512..307 * 512] == data(1, 300));
+    assert!(bed.image() == still);
+    stop(target);
+    bed.nothing_left();
+    assert!(bed.image()[7 * 512..307 * 512] == data(1, 300));
+}
+
+#[test]
+fn without_a_shadow_writes_wait_and_everything_else_goes_on() {
+    if !lab::require("a freeze without a shadow", &[Need::Network]) {
+        return;
+    }
+    let (wire, store) = (Wire::new(1500), Store::new(SECTORS));
+    let mut target = serve(&wire.host, &store, &["tgt0"], &QUICK);
+    let mut client = wire.client();
+    client.write_many(0, &data(1, 64)).unwrap();
+    order(&target, 1);
+    target.wait_for_line("the image is still", soon()).unwrap();
+    assert!(store.sectors(0, 64) == data(1, 64));
+    assert_eq!(client.read_many(0, 64).unwrap(), data(1, 64));
+    client.flush().unwrap();
+    client.identify().unwrap();
+    order(&target, 2);
+    target.wait_for_line("answered again", soon()).unwrap();
+    client.write_many(0, &data(2, 64)).unwrap();
+    stop(target);
+    assert!(store.sectors(0, 64) == data(2, 64));
+}
