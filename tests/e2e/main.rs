@@ -9,6 +9,7 @@
 
 mod admin;
 mod arena;
+mod backup;
 mod cli;
 mod devices;
 mod faults;
