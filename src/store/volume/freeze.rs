@@ -97,6 +97,9 @@ pub(super) struct Freezing {
     pub side: Option<ShadowSide>,
     /// What the next chance is used for.
     thaw: Option<Thaw>,
+    /// A freeze that was ordered when the shadow was gone, and its removal not yet
+    /// on stable storage.
+    again: Option<[u8; 16]>,
     /// Whether a step is under way, and when one that failed is tried again.
     step: bool,
     retry_at: Option<Instant>,
@@ -124,6 +127,7 @@ impl Freezing {
             stage: Stage::Running,
             side: None,
             thaw: None,
+            again: None,
             step: false,
             retry_at: None,
             full: None,
@@ -191,6 +195,12 @@ impl Volume {
 
     /// Takes an order; `uuid` names the shadow of a freeze.
     pub fn order(&mut self, now: Instant, order: Order, uuid: [u8; 16]) -> Result<(), Senseless> {
+        // With its name gone it is over for whoever looks on.
+        let vanishing = matches!(self.freezing.stage, Stage::Vanishing);
+        if vanishing && order == Order::Freeze && !self.draining {
+            self.freezing.again = Some(uuid);
+            return Ok(());
+        }
         match decide(self.phase(), order, self.freezing.side.is_some())? {
             Begin::Freeze => self.begin_freeze(uuid),
             Begin::Hold => {
@@ -305,6 +315,9 @@ impl Volume {
                 self.cache.limit_dirty(self.freezing.dirty_max);
                 self.freezing.stage = Stage::Running;
                 self.freezing.thaw = None;
+                if let Some(uuid) = self.freezing.again.take() {
+                    self.begin_freeze(uuid);
+                }
             }
             // A release of the reserve changes no stage.
             Stage::Frozen => {}
