@@ -9,7 +9,7 @@
 //! 5  server                      one export's loop
 //! 4  target, config              what to do with a frame; what was asked for
 //! 3  store                       volume, jobs, image, saved state
-//! 2  access, drive, net          who may; ATA; interfaces
+//! 2  access, dedup, drive, net   who may; tag window; ATA; interfaces
 //! 1  wire, sys                   bytes and types; the kernel (all `unsafe`)
 //! 0  shadow (a crate)            extents, files
 //! ```
@@ -21,6 +21,7 @@
 pub mod access;
 pub mod config;
 pub mod daemon;
+pub mod dedup;
 pub mod drive;
 pub mod logging;
 pub mod net;
