@@ -242,7 +242,7 @@ impl Export {
             if let (Some(frame), Some(head)) = (port.receiver.peek(), port.queue.head()) {
                 match self.target.handle(now, id, frame, head) {
                     Action::Reply { len, body } => {
-                        if let Err(body) = port.queue.push(len, body) {
+                        if let Err(body) = port.queue.push(len, body, None) {
                             self.target.recycle(body);
                         }
                     }
@@ -280,7 +280,7 @@ impl Export {
                 continue;
             };
             if let Action::Reply { len, body } = self.target.emit(head) {
-                if let Err(body) = port.queue.push(len, body) {
+                if let Err(body) = port.queue.push(len, body, None) {
                     self.target.recycle(body);
                 }
             }
@@ -476,7 +476,7 @@ impl Export {
             };
             if let Some(len) = self.target.advertise(id, mac, head) {
                 // There is no body to give back.
-                let _ = port.queue.push(len, None);
+                let _ = port.queue.push(len, None, None);
             }
         }
     }
