@@ -8,7 +8,7 @@
 //! 6  daemon, logging             the process, its terminal, its messages
 //! 5  server                      one export's loop
 //! 4  target, config              what to do with a frame; what was asked for
-//! 3  store                       volume, jobs, image, saved state
+//! 3  session, store              initiators; volume, jobs, image, saved state
 //! 2  access, dedup, drive, net   who may; tag window; ATA; interfaces
 //! 1  wire, sys                   bytes and types; the kernel (all `unsafe`)
 //! 0  shadow (a crate)            extents, files
@@ -27,6 +27,7 @@ pub mod logging;
 pub mod net;
 pub mod program;
 pub mod server;
+pub mod session;
 pub mod store;
 #[allow(unsafe_code)]
 pub mod sys;

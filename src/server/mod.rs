@@ -241,8 +241,8 @@ impl Export {
             taken += 1;
             if let (Some(frame), Some(head)) = (port.receiver.peek(), port.queue.head()) {
                 match self.target.handle(now, id, frame, head) {
-                    Action::Reply { len, body } => {
-                        if let Err(body) = port.queue.push(len, body, None) {
+                    Action::Reply { len, body, sum } => {
+                        if let Err(body) = port.queue.push(len, body, sum) {
                             self.target.recycle(body);
                         }
                     }
@@ -279,8 +279,8 @@ impl Export {
                 self.target.skip();
                 continue;
             };
-            if let Action::Reply { len, body } = self.target.emit(head) {
-                if let Err(body) = port.queue.push(len, body, None) {
+            if let Action::Reply { len, body, sum } = self.target.emit(head) {
+                if let Err(body) = port.queue.push(len, body, sum) {
                     self.target.recycle(body);
                 }
             }

@@ -14,14 +14,15 @@
 //! ```
 //!
 //! A request becomes a [`Request`] that borrows the frame it came in; the room
-//! of each command ([`ata`], [`config`], [`mask`], [`reserve`]) draws what lies
-//! behind the 24 bytes. A reply is written by the same rooms, header by
-//! [`Origin::reply_header`], and never takes a byte from anywhere but the
-//! request and the answer.
+//! of each command ([`ata`], [`config`], [`mask`], [`reserve`], [`extensions`])
+//! draws what lies behind the 24 bytes. A reply is written by the same rooms,
+//! header by [`Origin::reply_header`], and never takes a byte from anywhere but
+//! the request and the answer.
 
 pub mod ata;
 pub mod config;
 pub mod crc;
+pub mod extensions;
 pub mod mask;
 pub mod reserve;
 
