@@ -11,6 +11,7 @@ mod admin;
 mod arena;
 mod cli;
 mod devices;
+mod extensions;
 mod faults;
 mod floors;
 mod frames;
