@@ -196,9 +196,14 @@ fn an_initiator_that_counts_anew_has_no_past() {
     let Begun::Fresh(before) = sessions.begin(id, tag(0x4000_0005), true) else {
         panic!()
     };
-    sessions.hold(id, tag(0x4000_0005));
     sessions.mark(id, tag(0x4000_0005));
-    // It was started again: its tags begin far away, or it negotiates.
+    sessions.hold(id, tag(0x4000_0005));
+    // It was started again: its tags begin far away, and later come to where
+    // they were.
+    assert!(matches!(sessions.begin(id, tag(7), true), Begun::Fresh(_)));
+    let again = sessions.begin(id, tag(0x4000_0005), true);
+    assert!(matches!(again, Begun::Fresh(_)), "{again:?}");
+    // Or it negotiates.
     for anew in [tag(7), tag(8)] {
         if anew == tag(8) {
             assert!(sessions.grant(now, SMALL, A, COUNTING));

@@ -54,6 +54,22 @@ fn sums_stand_behind_data_and_nothing_else() {
 }
 
 #[test]
+fn a_sum_that_fits_no_frame_any_more_is_not_sent_half() {
+    for (mtu, replies) in [(1050, 1), (1049, 0), (1045, 0)] {
+        let mut bench = Bench::new();
+        bench.extend(SMALL, ALICE, &["crc8x4"]);
+        bench.shut();
+        let asked = bench.send(SMALL, ALICE, &Ask::read(20, 2));
+        assert!(matches!(asked, Got::Parked));
+        // 1064 bytes, and 14 of a frame are not of its MTU.
+        let info = NicInfo { mtu, ..nic(SMALL) };
+        bench.target.set_nic(SMALL, Some(info));
+        bench.open();
+        assert_eq!(bench.pump().len(), replies, "MTU {mtu}");
+    }
+}
+
+#[test]
 fn a_write_with_any_bit_wrong_is_not_accepted() {
     let mut bench = Bench::new();
     bench.extend(SMALL, ALICE, &["crc8x4"]);
