@@ -129,6 +129,9 @@ pub struct Plan {
     pub crc: bool,
     /// So many reads in one frame, if so many are to be sent; 0 and 1 are one.
     pub coalesce: usize,
+    /// So many operations begin together, as those of an initiator that plugs
+    /// its queue; those of one frame do in any case.
+    pub batch: usize,
     /// A FLUSH in place of every so manieth operation.
     pub flush_every: Option<u64>,
     /// Whether to look for replies without pause instead of sleeping.
@@ -158,6 +161,7 @@ impl Default for Plan {
             tags: Tags::Plain,
             crc: false,
             coalesce: 1,
+            batch: 1,
             flush_every: None,
             spin: false,
         }

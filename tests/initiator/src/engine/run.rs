@@ -198,7 +198,9 @@ impl<'a> Run<'a> {
                 until = Some(now + self.plan.last_answers);
             }
             begin &= until.is_none();
-            while begin && !self.free_operations.is_empty() && !self.is_ahead() {
+            let together = self.plan.batch.max(self.plan.coalesce);
+            let ready = self.free_operations.len() >= together.min(self.plan.depth);
+            while begin && ready && !self.free_operations.is_empty() && !self.is_ahead() {
                 self.begin(now);
                 begin &= self.plan.operations.is_none_or(|n| self.begun < n);
             }

@@ -99,7 +99,7 @@ pub(crate) struct Arguments {
     no_pin: bool,
     /// OPERATION:BYTES:DEPTH, as many as wanted; without any, five usual ones.
     /// Extensions that aoede has may follow, as in randread:512:64:coalesce=16
-    /// or randwrite:4096:32:crc:tags
+    /// or randwrite:4096:32:crc:tags; batch=16 begins so many at once
     #[arg(value_parser = case)]
     cases: Vec<Case>,
 }
@@ -114,6 +114,7 @@ struct Case {
     tags: Tags,
     crc: bool,
     coalesce: usize,
+    batch: usize,
 }
 
 fn case(text: &str) -> std::result::Result<Case, String> {
@@ -137,13 +138,18 @@ fn case(text: &str) -> std::result::Result<Case, String> {
         tags: Tags::Plain,
         crc: false,
         coalesce: 1,
+        batch: 1,
     };
     for extension in extensions {
-        match (*extension, extension.strip_prefix("coalesce=")) {
-            ("crc", _) => case.crc = true,
-            ("tags", _) => case.tags = Tags::CountBe,
-            (_, Some(number)) => case.coalesce = coalesce(number)?,
-            _ => return Err(format!("'{extension}' is none of crc, tags, coalesce=16")),
+        match extension.split_once('=').unwrap_or((extension, "")) {
+            ("crc", "") => case.crc = true,
+            ("tags", "") => case.tags = Tags::CountBe,
+            ("coalesce", number) => case.coalesce = coalesce(number)?,
+            ("batch", number) => case.batch = coalesce(number)?,
+            _ => {
+                let known = "crc, tags, coalesce=16, batch=16";
+                return Err(format!("'{extension}' is none of {known}"));
+            }
         }
     }
     Ok(case)
@@ -320,6 +326,7 @@ fn one(
         tags: case.tags,
         crc: case.crc,
         coalesce: case.coalesce,
+        batch: case.batch,
         ..Plan::default()
     };
     engine.run_until(&lead, stopped)?;

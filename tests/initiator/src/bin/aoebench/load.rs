@@ -197,6 +197,7 @@ pub(crate) fn run(arguments: &Arguments, stop: &AtomicBool) -> Result<()> {
         tags: a.tags.into(),
         crc: a.crc,
         coalesce: a.coalesce,
+        batch: Plan::default().batch,
         flush_every: a.flush_every,
         spin: a.spin,
     };
