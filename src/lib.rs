@@ -8,8 +8,9 @@
 //! 6  daemon, logging             the process, its terminal, its messages
 //! 5  server                      one export's loop
 //! 4  target, config              what to do with a frame; what was asked for
-//! 3  store                       volume, jobs, image, saved state
-//! 2  access, drive, freeze, net  who may; ATA; freeze orders; interfaces
+//! 3  session, store              initiators; volume, jobs, image, saved state
+//! 2  access, dedup, drive,       who may; tag window; ATA; freeze orders;
+//!    freeze, net                 interfaces
 //! 1  wire, sys                   bytes and types; the kernel (all `unsafe`)
 //! 0  shadow (a crate)            extents, the shadow file
 //! ```
@@ -21,12 +22,14 @@
 pub mod access;
 pub mod config;
 pub mod daemon;
+pub mod dedup;
 pub mod drive;
 pub mod freeze;
 pub mod logging;
 pub mod net;
 pub mod program;
 pub mod server;
+pub mod session;
 pub mod store;
 #[allow(unsafe_code)]
 pub mod sys;

@@ -8,6 +8,7 @@
 mod text;
 
 use crate::wire::config::{Query, STRING};
+use crate::wire::extensions::Wish;
 use crate::wire::mask::{Directive, Directives, LIST_MAX, MaskError};
 use crate::wire::reserve::Order;
 use crate::wire::{ErrorCode, MacAddr};
@@ -115,18 +116,21 @@ pub fn query(state: &mut WireState, policy: &Policy, query: &Query, longest: usi
 }
 
 /// Carries out mask directives in order, up to the first bad one: its index and
-/// what is wrong with it. `room` is the most entries a reply can list.
+/// what is wrong with it. `room` is the most entries a reply can list; what
+/// concerns extensions goes to `extend`.
 pub fn edit_masks(
     state: &mut WireState,
     policy: &Policy,
     directives: Directives,
     room: usize,
+    mut extend: impl FnMut(Wish) -> Result<(), MaskError>,
 ) -> Result<(), (u8, MaskError)> {
     for (index, directive) in directives.iter().enumerate() {
         let list = &mut state.masks;
         let outcome = match directive {
             Directive::Nothing => Ok(()),
-            Directive::Unknown => Err(MaskError::BadDirective),
+            Directive::Unknown | Directive::Extension(None) => Err(MaskError::BadDirective),
+            Directive::Extension(Some(wish)) => extend(wish),
             Directive::Delete(mac) => {
                 list.retain(|other| *other != mac);
                 Ok(())
@@ -201,7 +205,7 @@ mod tests {
         let Command::Mask(crate::wire::mask::Edit::Edit(d)) = request.command else {
             panic!()
         };
-        edit_masks(state, policy, d, room)
+        edit_masks(state, policy, d, room, |_| Ok(()))
     }
 
     #[test]

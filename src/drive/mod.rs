@@ -153,15 +153,37 @@ pub struct Limits {
 /// Whether the command changes the disk or the drive, so that it must be meant
 /// for this export alone.
 pub fn changes_something(taskfile: &Taskfile) -> bool {
+    is_write(taskfile) || taskfile.opcode == op::SET_FEATURES
+}
+
+/// Whether it changes sectors: a write, or a TRIM, which is one in every
+/// respect.
+pub fn is_write(taskfile: &Taskfile) -> bool {
     matches!(
         taskfile.opcode,
-        op::WRITE
-            | op::WRITE_EXT
-            | op::WRITE_DMA
-            | op::WRITE_DMA_EXT
-            | op::DATA_SET_MANAGEMENT
-            | op::SET_FEATURES
+        op::WRITE | op::WRITE_EXT | op::WRITE_DMA | op::WRITE_DMA_EXT | op::DATA_SET_MANAGEMENT
     )
+}
+
+/// Whether it reads sectors.
+pub fn is_read(taskfile: &Taskfile) -> bool {
+    matches!(
+        taskfile.opcode,
+        op::READ | op::READ_EXT | op::READ_DMA | op::READ_DMA_EXT
+    )
+}
+
+/// Whether the data of its answer has a checksum for those who want one.
+pub fn answers_with_sum(taskfile: &Taskfile) -> bool {
+    is_read(taskfile) || is_identify(taskfile)
+}
+
+/// The first sector it names, as its opcode reads it.
+pub fn lba(taskfile: &Taskfile) -> u64 {
+    match taskfile.opcode {
+        op::READ | op::READ_DMA | op::READ_VERIFY | op::WRITE | op::WRITE_DMA => taskfile.lba28(),
+        _ => taskfile.lba48(),
+    }
 }
 
 /// Whether it is IDENTIFY, which a reservation does not refuse.
@@ -202,21 +224,15 @@ pub fn decode<'a>(
     let writable = || (!limits.read_only).then_some(()).ok_or(abort);
 
     match taskfile.opcode {
-        op::READ | op::READ_DMA => fits_a_frame().and_then(|()| within(taskfile.lba28())),
-        op::READ_EXT | op::READ_DMA_EXT => fits_a_frame().and_then(|()| within(taskfile.lba48())),
-        op::READ_VERIFY => return within(taskfile.lba28()).map(Order::Verify),
-        op::READ_VERIFY_EXT => return within(taskfile.lba48()).map(Order::Verify),
+        op::READ | op::READ_DMA | op::READ_EXT | op::READ_DMA_EXT => {
+            fits_a_frame().and_then(|()| within(lba(taskfile)))
+        }
+        op::READ_VERIFY | op::READ_VERIFY_EXT => return within(lba(taskfile)).map(Order::Verify),
         op::WRITE | op::WRITE_DMA | op::WRITE_EXT | op::WRITE_DMA_EXT => {
             writable()?;
             fits_a_frame()?;
             let data = payload.sectors(taskfile.count).ok_or(BAD)?;
-            let short = matches!(taskfile.opcode, op::WRITE | op::WRITE_DMA);
-            let lba = if short {
-                taskfile.lba28()
-            } else {
-                taskfile.lba48()
-            };
-            return within(lba).map(|extent| Order::Write(extent, data));
+            return within(lba(taskfile)).map(|extent| Order::Write(extent, data));
         }
         op::DATA_SET_MANAGEMENT => {
             writable()?;

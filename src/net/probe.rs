@@ -54,7 +54,9 @@ impl<'a> Asker<'a> {
 
     fn ask(&self) {
         // A link that is down takes no question, and holds no rival either.
-        let _ = self.socket.send(std::iter::once([&self.question[..], &[]]));
+        let _ = self
+            .socket
+            .send(std::iter::once([&self.question[..], &[], &[]]));
     }
 
     /// Who has answered, if someone has.

@@ -5,17 +5,19 @@ use std::io;
 use crate::sys::buffer::Body;
 use crate::sys::packet::{BATCH, PacketSocket};
 use crate::wire::HEAD_MAX;
+use crate::wire::crc::Sum;
 
 /// Replies that may wait for the kernel; when it takes none, further ones are
 /// dropped and the initiators send again.
 const CAPACITY: usize = 4 * BATCH;
 
-/// A reply: its head, and data that is sent from where it lies.
+/// A reply: its head, data that is sent from where it lies, and its sum.
 #[derive(Debug)]
 struct Reply {
     head: Box<[u8; HEAD_MAX]>,
     len: usize,
     body: Option<Body>,
+    sum: Option<Sum>,
 }
 
 /// Replies in the order they were made. What a reply borrows stays untouched
@@ -46,6 +48,7 @@ impl Queue {
             head: Box::new([0; HEAD_MAX]),
             len: 0,
             body: None,
+            sum: None,
         };
         Queue {
             slots: std::iter::repeat_with(reply).take(CAPACITY).collect(),
@@ -67,10 +70,15 @@ impl Queue {
     }
 
     /// Queues the reply whose first `len` bytes were written into
-    /// [`head`](Queue::head), with `body` behind them.
+    /// [`head`](Queue::head), with `body` behind them, and its sum behind that.
     ///
     /// Without room the body comes back.
-    pub fn push(&mut self, len: usize, body: Option<Body>) -> Result<(), Option<Body>> {
+    pub fn push(
+        &mut self,
+        len: usize,
+        body: Option<Body>,
+        sum: Option<Sum>,
+    ) -> Result<(), Option<Body>> {
         if self.waiting == CAPACITY {
             return Err(body);
         }
@@ -78,6 +86,7 @@ impl Queue {
         let reply = &mut self.slots[slot];
         reply.len = len.min(HEAD_MAX);
         reply.body = body;
+        reply.sum = sum;
         self.waiting += 1;
         Ok(())
     }
@@ -102,6 +111,7 @@ impl Queue {
                 [
                     &reply.head[..reply.len],
                     reply.body.as_deref().unwrap_or(&[]),
+                    reply.sum.as_ref().map_or(&[], |sum| &sum[..]),
                 ]
             });
             let done = match socket.send(frames) {

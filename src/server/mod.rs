@@ -253,8 +253,8 @@ impl Export {
             taken += 1;
             if let (Some(frame), Some(head)) = (port.receiver.peek(), port.queue.head()) {
                 match self.target.handle(now, id, frame, head) {
-                    Action::Reply { len, body } => {
-                        if let Err(body) = port.queue.push(len, body) {
+                    Action::Reply { len, body, sum } => {
+                        if let Err(body) = port.queue.push(len, body, sum) {
                             self.target.recycle(body);
                         }
                     }
@@ -291,8 +291,8 @@ impl Export {
                 self.target.skip();
                 continue;
             };
-            if let Action::Reply { len, body } = self.target.emit(head) {
-                if let Err(body) = port.queue.push(len, body) {
+            if let Action::Reply { len, body, sum } = self.target.emit(head) {
+                if let Err(body) = port.queue.push(len, body, sum) {
                     self.target.recycle(body);
                 }
             }
@@ -526,7 +526,7 @@ impl Export {
             };
             if let Some(len) = self.target.advertise(id, mac, head) {
                 // There is no body to give back.
-                let _ = port.queue.push(len, None);
+                let _ = port.queue.push(len, None, None);
             }
         }
     }

@@ -62,6 +62,8 @@ pub enum Body {
     Buf(BufSlice),
     /// A part of a slot that is lent as long as this lives.
     Slot(Loan),
+    /// Bytes made for this reply.
+    Bytes(Vec<u8>),
 }
 
 impl Deref for Body {
@@ -71,6 +73,7 @@ impl Deref for Body {
         match self {
             Body::Buf(slice) => slice,
             Body::Slot(loan) => loan,
+            Body::Bytes(bytes) => bytes,
         }
     }
 }
@@ -80,7 +83,7 @@ impl Body {
     pub fn into_buf(self) -> Option<Buf> {
         match self {
             Body::Buf(slice) => Some(slice.buf),
-            Body::Slot(_) => None,
+            Body::Slot(_) | Body::Bytes(_) => None,
         }
     }
 }

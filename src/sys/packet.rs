@@ -8,8 +8,8 @@ pub use libc::sock_filter;
 
 /// The most frames one system call sends or receives.
 pub const BATCH: usize = 64;
-/// The pieces a frame is sent from.
-pub const PIECES: usize = 2;
+/// The pieces a frame is sent from: head, data, checksum.
+pub const PIECES: usize = 3;
 
 /// A raw packet socket of one network interface.
 #[derive(Debug)]
@@ -101,8 +101,9 @@ impl PacketSocket {
         }
     }
 
-    /// Sends frames, each from its pieces in turn, at most [`BATCH`] of them;
-    /// says how many the kernel took. An error is that of the first frame.
+    /// Sends frames, each from its pieces in turn up to the first empty one, at
+    /// most [`BATCH`] of them; says how many the kernel took. An error is that of
+    /// the first frame.
     pub fn send<'a>(&self, frames: impl Iterator<Item = [&'a [u8]; PIECES]>) -> io::Result<usize> {
         let mut pieces = [const { MaybeUninit::<[libc::iovec; PIECES]>::uninit() }; BATCH];
         let mut messages = [const { MaybeUninit::<libc::mmsghdr>::uninit() }; BATCH];

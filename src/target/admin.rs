@@ -3,17 +3,20 @@
 //! A change is made in a copy of the state. If the copy differs, it is saved
 //! before anyone sees it or any reply leaves; one save at a time, and the next
 //! takes all the changes that came meanwhile. If saving fails nothing has
-//! changed, and those who asked are told so.
+//! changed, and those who asked are told so. What a request changes for its
+//! asker alone (extensions) is not saved, and done when it is answered.
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use super::ata::pad_registers;
-use super::{Action, Dropped, NicId, NicInfo, Ready, SAVE, Target, What};
+use super::{Action, Arrival, Dropped, NicId, NicInfo, Ready, SAVE, Target, What};
 use crate::access::{self, Verdict, WireState};
 use crate::drive;
 use crate::wire::ata::Taskfile;
 use crate::wire::config::{self, Query, Report};
-use crate::wire::mask::{self, Edit, LIST_MAX};
+use crate::wire::extensions::Wish;
+use crate::wire::mask::{self, Edit, LIST_MAX, MaskError};
 use crate::wire::reserve::{self, Order};
 use crate::wire::{Command, ErrorCode, HEAD_MAX, MacAddr, Origin, Request, frame_max, pad};
 
@@ -58,6 +61,24 @@ struct Waiting {
     saved: Vec<u8>,
     failed: Vec<u8>,
     closes_cache: bool,
+    /// What it does for its asker once it is saved.
+    wishes: Wishes,
+}
+
+/// What a request does for its asker alone.
+#[derive(Debug)]
+struct Wishes {
+    asker: MacAddr,
+    list: Vec<Wish>,
+}
+
+impl Wishes {
+    fn none() -> Wishes {
+        Wishes {
+            asker: MacAddr::BROADCAST,
+            list: Vec::new(),
+        }
+    }
 }
 
 impl Held {
@@ -84,26 +105,27 @@ impl Target {
     /// A Config, Mask or Reserve request.
     pub(super) fn administer(
         &mut self,
-        nic: NicId,
-        info: &NicInfo,
+        arrival: &Arrival,
         request: &Request,
         head: &mut [u8],
     ) -> Action {
         // What changes nothing is answered now, even while a save is under
         // way; that is all of discovery.
         let mut next = self.state.clone();
-        let len = self.apply_frame(&mut next, info, request, head);
+        let (len, wishes) = self.apply_frame(&mut next, arrival, request, head);
         // An order is not answered past those before it, which it may undo.
         let must_wait = self.saving.is_some() && orders_change(&request.command);
         if next == self.state && !must_wait {
             return match len {
+                _ if !self.grant(arrival.now, arrival.nic, wishes) => Action::Drop(Dropped::NoRoom),
                 0 => Action::Drop(Dropped::Silence),
-                len => Action::Reply { len, body: None },
+                len => Action::plain(len),
             };
         }
         self.change(
+            arrival.now,
             Held {
-                nic,
+                nic: arrival.nic,
                 change: Change::Frame(request.frame.to_vec()),
             },
             head,
@@ -111,7 +133,7 @@ impl Target {
     }
 
     /// Makes a change, or holds it while a save is under way.
-    pub(super) fn change(&mut self, held: Held, head: &mut [u8]) -> Action {
+    pub(super) fn change(&mut self, now: Instant, held: Held, head: &mut [u8]) -> Action {
         if self.held.len() >= HELD_MAX {
             return Action::Drop(Dropped::NoRoom);
         }
@@ -120,7 +142,7 @@ impl Target {
             return Action::Parked;
         }
         let before = self.ready.len();
-        self.save_held();
+        self.save_held(now);
         // What turned out to change nothing has its reply at once.
         match self.ready.len() > before {
             true => match self.ready.pop_back() {
@@ -129,10 +151,7 @@ impl Target {
                     ..
                 }) => {
                     head[..bytes.len()].copy_from_slice(&bytes);
-                    Action::Reply {
-                        len: bytes.len(),
-                        body: None,
-                    }
+                    Action::plain(bytes.len())
                 }
                 _ => Action::Parked,
             },
@@ -141,16 +160,16 @@ impl Target {
     }
 
     /// Makes a change whose asker already waits.
-    pub(super) fn change_later(&mut self, held: Held) {
+    pub(super) fn change_later(&mut self, now: Instant, held: Held) {
         self.held.push_back(held);
         if self.saving.is_none() {
-            self.save_held();
+            self.save_held(now);
         }
     }
 
     /// Makes all held changes in a copy of the state, and saves it if it
     /// differs.
-    fn save_held(&mut self) {
+    fn save_held(&mut self, now: Instant) {
         let mut next = self.state.clone();
         let (mut waiting, mut changes) = (Vec::new(), Vec::new());
         let mut head = vec![0; HEAD_MAX];
@@ -161,12 +180,22 @@ impl Target {
                 self.closing -= u32::from(closes_cache);
                 continue;
             };
+            let arrival = Arrival {
+                now,
+                nic: held.nic,
+                info,
+            };
+            let mut wishes = Wishes::none();
             let before = next.clone();
-            let failed_len = self.refuse_change(&info, &held.change, &mut head);
+            let failed_len = self.refuse_change(&arrival, &held.change, &mut head);
             let failed = head[..failed_len].to_vec();
             let len = match &held.change {
                 Change::Frame(frame) => match Request::parse(frame) {
-                    Ok(request) => self.apply_frame(&mut next, &info, &request, &mut head),
+                    Ok(request) => {
+                        let len;
+                        (len, wishes) = self.apply_frame(&mut next, &arrival, &request, &mut head);
+                        len
+                    }
                     Err(_) => 0,
                 },
                 Change::Switch(origin, taskfile, switch) => {
@@ -188,10 +217,11 @@ impl Target {
                 saved,
                 failed,
                 closes_cache,
+                wishes,
             });
         }
         if next == self.state {
-            self.release(waiting, true);
+            self.release(now, waiting, true);
             return;
         }
         self.volume
@@ -204,7 +234,7 @@ impl Target {
     }
 
     /// The save under way has ended.
-    pub(super) fn saved(&mut self, ok: bool) {
+    pub(super) fn saved(&mut self, now: Instant, ok: bool) {
         let Some(saving) = self.saving.take() else {
             return;
         };
@@ -217,17 +247,20 @@ impl Target {
             self.state = next;
             changes.iter().for_each(|change| log::info!("{change}"));
         }
-        self.release(waiting, ok);
+        self.release(now, waiting, ok);
         if !self.held.is_empty() {
-            self.save_held();
+            self.save_held(now);
         }
     }
 
-    fn release(&mut self, waiting: Vec<Waiting>, ok: bool) {
+    fn release(&mut self, now: Instant, waiting: Vec<Waiting>, ok: bool) {
         for one in waiting {
             self.closing -= u32::from(one.closes_cache);
+            // A place that was free when the answer was made may be taken now:
+            // then there is none, and the asker asks again.
+            let granted = !ok || self.grant(now, one.nic, one.wishes);
             let bytes = if ok { one.saved } else { one.failed };
-            if !bytes.is_empty() {
+            if granted && !bytes.is_empty() {
                 self.ready.push_back(Ready {
                     nic: one.nic,
                     what: What::Bytes(bytes),
@@ -236,39 +269,71 @@ impl Target {
         }
     }
 
+    /// Does for an asker what it wishes; `false` if there is no room to
+    /// remember it.
+    fn grant(&mut self, now: Instant, nic: NicId, wishes: Wishes) -> bool {
+        let Wishes { asker, list } = wishes;
+        list.into_iter()
+            .all(|wish| self.sessions.grant(now, nic, asker, wish))
+    }
+
     /// Carries a request out on `state` and writes its answer; returns the
-    /// length to send, 0 for silence.
+    /// length to send, 0 for silence, and what is to be done for its asker.
     fn apply_frame(
         &self,
         state: &mut WireState,
-        info: &NicInfo,
+        arrival: &Arrival,
         request: &Request,
         head: &mut [u8],
-    ) -> usize {
+    ) -> (usize, Wishes) {
         let policy = &self.settings.policy;
+        let info = &arrival.info;
         let origin = &request.origin;
+        let mut wishes = Wishes {
+            asker: origin.source,
+            list: Vec::new(),
+        };
         let len = match request.command {
             Command::Config(query) => {
-                match access::query(state, policy, &query, self.longest_frame()) {
-                    Verdict::Silence => return 0,
-                    Verdict::Answer => self.report(head, info, request, &state.config, None),
-                    Verdict::Refuse(code @ ErrorCode::ConfigStringSet) => {
-                        self.report(head, info, request, &state.config, Some(code))
-                    }
-                    Verdict::Refuse(code) => self.report(head, info, request, &[], Some(code)),
+                let verdict = access::query(state, policy, &query, self.longest_frame());
+                let sets = matches!(query, Query::Set(_) | Query::ForceSet(_));
+                if sets && verdict == Verdict::Answer {
+                    wishes.list.push(Wish::Reset);
                 }
+                // A set is answered as to one who has nothing on any more.
+                let summed = wishes.list.is_empty()
+                    && self.sessions.extensions(arrival.nic, origin.source).crc8x4;
+                let (string, code) = match verdict {
+                    Verdict::Silence => return (0, wishes),
+                    Verdict::Answer => (&state.config[..], None),
+                    Verdict::Refuse(code @ ErrorCode::ConfigStringSet) => {
+                        (&state.config[..], Some(code))
+                    }
+                    Verdict::Refuse(code) => (&[][..], Some(code)),
+                };
+                self.report(head, info, request, summed, string, code)
             }
             Command::Mask(edit) => {
                 let room = frame_max(info.mtu).saturating_sub(mask::DIRECTIVES) / mask::DIRECTIVE;
                 let mcmd = mask::mcmd(request.frame);
                 let before = state.masks.clone();
+                let Arrival { now, nic, .. } = *arrival;
+                let has_room = self.sessions.has_room(now, nic, origin.source);
+                let extend = |wish| match wish {
+                    Wish::On(_) if !has_room => Err(MaskError::ListFull),
+                    wish => {
+                        wishes.list.push(wish);
+                        Ok(())
+                    }
+                };
                 let outcome = match edit {
                     Edit::Read => Ok(()),
-                    Edit::Edit(directives) if !policy.deny_mask => {
-                        access::edit_masks(state, policy, directives, room)
+                    // Extensions are the asker's own and touch no list.
+                    Edit::Edit(directives) if !policy.deny_mask || directives.are_extensions() => {
+                        access::edit_masks(state, policy, directives, room, extend)
                     }
                     Edit::Edit(_) | Edit::Bad => {
-                        return self.refuse_mask(head, info, origin, mcmd);
+                        return (self.refuse_mask(head, info, origin, mcmd), wishes);
                     }
                 };
                 match outcome {
@@ -280,7 +345,8 @@ impl Target {
                     // cannot be told, and what is refused has no effect.
                     Ok(()) if state.masks.len() > room.min(LIST_MAX) => {
                         state.masks = before;
-                        return self.refuse_mask(head, info, origin, mcmd);
+                        wishes.list.clear();
+                        return (self.refuse_mask(head, info, origin, mcmd), wishes);
                     }
                     Ok(()) => {
                         self.header(head, info, origin, None);
@@ -297,13 +363,14 @@ impl Target {
                 let list = if bad { &[][..] } else { &state.reserved };
                 self.holders(head, info, request, list, error)
             }
-            _ => return 0,
+            _ => return (0, wishes),
         };
-        pad(head, len)
+        (pad(head, len), wishes)
     }
 
     /// The answer to a change that could not be saved.
-    fn refuse_change(&self, info: &NicInfo, change: &Change, head: &mut [u8]) -> usize {
+    fn refuse_change(&self, arrival: &Arrival, change: &Change, head: &mut [u8]) -> usize {
+        let info = &arrival.info;
         let bad = Some(ErrorCode::BadArgument);
         let len = match change {
             Change::Switch(origin, taskfile, _) => {
@@ -318,7 +385,11 @@ impl Target {
                         return self.refuse_mask(head, info, &request.origin, mcmd);
                     }
                     Command::Reserve(_) => self.holders(head, info, &request, &[], bad),
-                    _ => self.report(head, info, &request, &[], bad),
+                    _ => {
+                        let asker = request.origin.source;
+                        let summed = self.sessions.extensions(arrival.nic, asker).crc8x4;
+                        self.report(head, info, &request, summed, &[], bad)
+                    }
                 },
                 Err(_) => return 0,
             },
@@ -333,16 +404,18 @@ impl Target {
         head: &mut [u8],
         info: &NicInfo,
         request: &Request,
+        summed: bool,
         string: &[u8],
         error: Option<ErrorCode>,
     ) -> usize {
         if config::STRING + string.len() > frame_max(info.mtu) {
-            return self.report(head, info, request, &[], Some(ErrorCode::BadArgument));
+            let bad = Some(ErrorCode::BadArgument);
+            return self.report(head, info, request, summed, &[], bad);
         }
         self.header(head, info, &request.origin, error);
         let report = Report {
             buffers: self.settings.buffers,
-            sectors: Self::frame_sectors(info),
+            sectors: Self::frame_sectors(info, summed),
             sub: config::subcommand(request.frame),
             string,
         };
@@ -375,12 +448,12 @@ impl Target {
 
 /// Whether a request may change something, in whatever state it is.
 fn orders_change(command: &Command) -> bool {
-    matches!(
-        command,
+    match command {
         Command::Config(Query::Set(_) | Query::ForceSet(_) | Query::Replace(_))
-            | Command::Mask(Edit::Edit(_))
-            | Command::Reserve(Order::Set(_) | Order::ForceSet(_))
-    )
+        | Command::Reserve(Order::Set(_) | Order::ForceSet(_)) => true,
+        Command::Mask(Edit::Edit(directives)) => !directives.are_extensions(),
+        _ => false,
+    }
 }
 
 /// Who changed what, for the operator.

@@ -3,13 +3,25 @@
 use std::time::Instant;
 
 use super::admin::{Held, Switch};
-use super::{Action, Dropped, NicId, NicInfo, Ready, Target, What};
+use super::{Action, Arrival, Dropped, NicId, NicInfo, READY_MAX, Target};
 use crate::access;
 use crate::drive::{self, Health, Limits, Order, Page, Refusal, Smart};
+use crate::session::{Begun, Extensions, Life, SessionId, Tags};
 use crate::store::{Read, Refused, Token, Volume, Write};
 use crate::sys::buffer::Body;
 use crate::wire::ata::{DATA, Outcome, Payload, Taskfile};
-use crate::wire::{ErrorCode, Origin, Request, pad_to};
+use crate::wire::crc::{self, Sum};
+use crate::wire::{ErrorCode, MacAddr, Origin, Request, pad_to};
+
+/// An ATA request, and who asks.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Ask {
+    pub arrival: Arrival,
+    pub origin: Origin,
+    pub taskfile: Taskfile,
+    pub session: Option<SessionId>,
+    pub extensions: Extensions,
+}
 
 /// A request whose reply waits for the disk.
 #[derive(Clone, Copy, Debug)]
@@ -18,6 +30,8 @@ pub(super) struct Parked {
     origin: Origin,
     taskfile: Taskfile,
     what: Pending,
+    /// Where its tag is watched.
+    life: Option<Life>,
 }
 
 /// What it waits for.
@@ -35,11 +49,21 @@ enum Pending {
 }
 
 /// How disk work began.
-enum Begun {
+enum Work {
     /// It is done, and with what data.
     Done(Option<Body>),
     /// It ends later.
     Under,
+}
+
+/// What came of a request.
+enum Served {
+    Answer(Answer),
+    /// The answer comes when the disk is done.
+    Parked,
+    Dropped(Dropped),
+    /// It changes what is saved.
+    Change(Held),
 }
 
 /// One reader, told from another: an initiator on a NIC.
@@ -52,9 +76,26 @@ fn reader(nic: NicId, origin: &Origin) -> u64 {
 #[derive(Debug)]
 pub(super) struct Answer {
     pub origin: Origin,
-    pub taskfile: Taskfile,
-    pub outcome: Outcome,
+    taskfile: Taskfile,
+    /// An error of AoE itself.
+    code: Option<ErrorCode>,
+    outcome: Outcome,
     pub body: Option<Body>,
+    /// Where its tag is watched.
+    pub life: Option<Life>,
+}
+
+impl Answer {
+    /// Whom it is for.
+    pub fn asker(&self) -> MacAddr {
+        self.origin.source
+    }
+
+    /// How long the reply is before it is padded, with a sum or without.
+    pub fn len(&self, summed: bool) -> usize {
+        let sum = if summed { size_of::<Sum>() } else { 0 };
+        DATA + self.body.as_ref().map_or(0, |body| body.len() + sum)
+    }
 }
 
 /// Pads an answer of registers alone; returns its length.
@@ -62,29 +103,143 @@ pub(super) fn pad_registers(head: &mut [u8], taskfile: &Taskfile) -> usize {
     pad_to(head, DATA, drive::shortest_answer(taskfile))
 }
 
+impl Ask {
+    /// An answer of registers alone.
+    fn answer(&self, outcome: Outcome) -> Answer {
+        Answer {
+            origin: self.origin,
+            taskfile: self.taskfile,
+            code: None,
+            outcome,
+            body: None,
+            life: None,
+        }
+    }
+
+    /// An error of AoE, with registers that say so too, for initiators that
+    /// look at nothing else.
+    fn refuse(&self, code: ErrorCode) -> Served {
+        Served::Answer(Answer {
+            code: Some(code),
+            ..self.answer(drive::aborted(&self.taskfile))
+        })
+    }
+
+    /// An answer with 512 bytes that are made here.
+    fn page(&self, page: &Page) -> Served {
+        Served::Answer(Answer {
+            body: Some(Body::Bytes(page.to_vec())),
+            ..self.answer(drive::SUCCESS)
+        })
+    }
+}
+
 impl Target {
-    #[allow(clippy::too_many_arguments)]
+    /// A frame with an ATA request, or several reads.
     pub(super) fn ata(
         &mut self,
-        now: Instant,
-        nic: NicId,
-        info: &NicInfo,
+        ask: &Ask,
         request: &Request,
-        taskfile: Taskfile,
         payload: Payload,
         head: &mut [u8],
     ) -> Action {
-        let origin = request.origin;
-        if request.is_broadcast() && drive::changes_something(&taskfile) {
+        let taskfile = &ask.taskfile;
+        if request.is_broadcast() && drive::changes_something(taskfile) {
             return Action::Drop(Dropped::BroadcastChange);
+        }
+        if ask.extensions.crc8x4
+            && drive::is_write(taskfile)
+            && crc::is_right(request.frame, taskfile.count) == Some(false)
+        {
+            return self.damaged(ask);
+        }
+        let action = match self.serve(ask, payload) {
+            Served::Answer(answer) => self.reply(head, ask, answer),
+            Served::Parked => Action::Parked,
+            Served::Dropped(why) => Action::Drop(why),
+            Served::Change(held) => self.change(ask.arrival.now, held, head),
+        };
+        if ask.extensions.coalesced_read && drive::is_read(taskfile) {
+            self.further_reads(ask, payload);
+        }
+        action
+    }
+
+    /// A write that is not what its initiator sent; it will send it again.
+    fn damaged(&mut self, ask: &Ask) -> Action {
+        let session = ask.session;
+        let news = session.and_then(|id| self.sessions.damaged(ask.arrival.now, id));
+        if let Some(frames) = news {
+            let (count, lba) = (ask.taskfile.count, drive::lba(&ask.taskfile));
+            log::warn!(
+                "{}: a write frame arrived damaged (it says {count} sectors at {lba}) and was \
+                 dropped, {frames} since this was said last; look at cable, NIC and switch",
+                ask.origin.source
+            );
+        }
+        Action::Drop(Dropped::Damaged)
+    }
+
+    /// The reads behind the first one of a frame.
+    fn further_reads(&mut self, ask: &Ask, payload: Payload) {
+        for (tag, taskfile) in payload.further_reads(ask.taskfile) {
+            if self.ready.len() >= READY_MAX {
+                self.counters.dropped(Dropped::NoRoom);
+                return;
+            }
+            let origin = Origin { tag, ..ask.origin };
+            let ask = Ask {
+                origin,
+                taskfile,
+                ..*ask
+            };
+            match self.serve(&ask, Payload::NONE) {
+                Served::Answer(answer) => {
+                    self.counters.requests += 1;
+                    self.ready_or_delayed(ask.arrival.now, ask.arrival.nic, answer);
+                }
+                Served::Parked => self.counters.requests += 1,
+                Served::Dropped(why) => self.counters.dropped(why),
+                Served::Change(_) => {}
+            }
+        }
+    }
+
+    /// Carries a request out.
+    fn serve(&mut self, ask: &Ask, payload: Payload) -> Served {
+        let Ask {
+            arrival: Arrival { now, nic, info },
+            origin,
+            taskfile,
+            ..
+        } = *ask;
+        if ask.extensions.congestion && self.is_beyond_pace(nic, origin.source) {
+            return Served::Dropped(Dropped::Paced);
+        }
+        let mut life = None;
+        if let Some(id) = ask.session.filter(|_| ask.extensions.tags != Tags::Opaque) {
+            let writes = drive::is_write(&taskfile);
+            match self.sessions.begin(id, origin.tag, writes) {
+                Begun::Untracked => {}
+                Begun::Fresh(fresh) => life = Some(fresh),
+                Begun::InHand => {
+                    self.counters.duplicate_writes += u64::from(writes);
+                    return Served::Dropped(Dropped::InHand);
+                }
+                // What its first copy got, whatever would become of it now.
+                Begun::Done => {
+                    self.counters.duplicate_writes += 1;
+                    return Served::Answer(ask.answer(drive::SUCCESS));
+                }
+            }
         }
         let reserved = !access::may_use(&self.state, origin.source);
         if reserved && !drive::is_identify(&taskfile) {
-            return self.refuse(head, info, &origin, &taskfile, ErrorCode::TargetReserved);
+            return ask.refuse(ErrorCode::TargetReserved);
         }
         let limits = Limits {
             sectors: self.volume.sectors(),
-            frame_sectors: Self::frame_sectors(info),
+            frame_sectors: Self::frame_sectors(&info, ask.extensions.crc8x4),
             read_only: self.settings.read_only,
             always_durable: self.settings.durable,
             trim: self.settings.identity.trim,
@@ -92,29 +247,28 @@ impl Target {
         };
         let order = match drive::decode(&taskfile, payload, &limits) {
             Ok(order) => order,
-            Err(Refusal::Ata(outcome)) => {
-                return self.reply(head, info, &origin, &taskfile, outcome);
-            }
-            Err(Refusal::Aoe(code)) => return self.refuse(head, info, &origin, &taskfile, code),
+            Err(Refusal::Ata(outcome)) => return Served::Answer(ask.answer(outcome)),
+            Err(Refusal::Aoe(code)) => return ask.refuse(code),
         };
         let parked = |what| Parked {
             nic,
             origin,
             taskfile,
             what,
+            life,
         };
         let durable = self.is_durable();
         let begun = match order {
             Order::Read(extent) | Order::Verify(extent) if extent.is_empty() => {
-                Ok(Begun::Done(None))
+                Ok(Work::Done(None))
             }
-            Order::Write(extent, _) if extent.is_empty() => Ok(Begun::Done(None)),
+            Order::Write(extent, _) if extent.is_empty() => Ok(Work::Done(None)),
             Order::Read(extent) => {
                 let who = reader(nic, &origin);
                 let begun = self.park(parked(Pending::Read), |volume, token| {
                     Ok(match volume.read(now, token, who, extent)? {
-                        Read::Ready(body) => Begun::Done(Some(body)),
-                        Read::Parked => Begun::Under,
+                        Read::Ready(body) => Work::Done(Some(body)),
+                        Read::Parked => Work::Under,
                     })
                 });
                 if begun.is_ok() {
@@ -123,13 +277,13 @@ impl Target {
                 begun
             }
             Order::Verify(extent) => self.park(parked(Pending::Verify), |volume, token| {
-                volume.verify(now, token, extent).map(|()| Begun::Under)
+                volume.verify(now, token, extent).map(|()| Work::Under)
             }),
             Order::Write(extent, data) => {
                 let begun = self.park(parked(Pending::Write { durable }), |volume, token| {
                     Ok(match volume.write(now, token, extent, data, durable)? {
-                        Write::Done => Begun::Done(None),
-                        Write::Parked => Begun::Under,
+                        Write::Done => Work::Done(None),
+                        Write::Parked => Work::Under,
                     })
                 });
                 if begun.is_ok() {
@@ -141,15 +295,15 @@ impl Target {
                 self.park(parked(Pending::Write { durable }), |volume, token| {
                     volume
                         .discard(now, token, &extents, durable)
-                        .map(|()| Begun::Under)
+                        .map(|()| Work::Under)
                 })
             }
             Order::Flush => self.park(parked(Pending::Flush), |volume, token| {
-                volume.flush(now, token).map(|()| Begun::Under)
+                volume.flush(now, token).map(|()| Work::Under)
             }),
             Order::WriteCache(false) => {
                 let begun = self.park(parked(Pending::CacheOff), |volume, token| {
-                    volume.flush(now, token).map(|()| Begun::Under)
+                    volume.flush(now, token).map(|()| Work::Under)
                 });
                 // From now on, so that nothing acknowledged meanwhile is left
                 // out of what was promised.
@@ -157,54 +311,51 @@ impl Target {
                 begun
             }
             Order::WriteCache(true) => {
-                let held = Held::switch(nic, origin, taskfile, Switch::WriteCache(true));
-                return self.change(held, head);
+                let switch = Switch::WriteCache(true);
+                return Served::Change(Held::switch(nic, origin, taskfile, switch));
             }
             Order::Smart(Smart::Enable(on)) => {
-                return self.change(Held::switch(nic, origin, taskfile, Switch::Smart(on)), head);
+                return Served::Change(Held::switch(nic, origin, taskfile, Switch::Smart(on)));
             }
-            Order::CheckPower => {
-                return self.reply(head, info, &origin, &taskfile, drive::ACTIVE);
-            }
+            Order::CheckPower => return Served::Answer(ask.answer(drive::ACTIVE)),
             Order::Smart(Smart::ReturnStatus) => {
-                let mut taskfile = taskfile;
+                let mut answer = ask.answer(drive::SUCCESS);
                 let good = self.health(now).is_good();
                 let word = if good { drive::GOOD } else { drive::FAILING };
-                taskfile.lba[1..3].copy_from_slice(&word);
-                return self.reply(head, info, &origin, &taskfile, drive::SUCCESS);
+                answer.taskfile.lba[1..3].copy_from_slice(&word);
+                return Served::Answer(answer);
             }
-            Order::Smart(Smart::ReadData) => {
-                let page = self.health(now).page();
-                return self.page(head, info, &origin, &taskfile, &page);
-            }
+            Order::Smart(Smart::ReadData) => return ask.page(&self.health(now).page()),
             Order::Identify => {
                 let smart = self.state.smart;
                 let page = self
                     .settings
                     .identity
                     .page(self.volume.sectors(), !durable, smart);
-                return self.page(head, info, &origin, &taskfile, &page);
+                return ask.page(&page);
             }
         };
         match begun {
-            Ok(Begun::Done(body)) => {
-                let outcome = drive::SUCCESS;
-                self.answer(
-                    head,
-                    info,
-                    Answer {
-                        origin,
-                        taskfile,
-                        outcome,
-                        body,
-                    },
-                )
+            Ok(Work::Done(body)) => {
+                if let (Some(id), Some(_)) = (ask.session, life) {
+                    if drive::is_write(&taskfile) {
+                        self.sessions.mark(id, origin.tag);
+                    }
+                }
+                Served::Answer(Answer {
+                    body,
+                    life,
+                    ..ask.answer(drive::SUCCESS)
+                })
             }
-            Ok(Begun::Under) => Action::Parked,
-            Err(Refused::NoRoom) => Action::Drop(Dropped::NoRoom),
-            Err(Refused::Degraded) => {
-                self.reply(head, info, &origin, &taskfile, drive::fault(&taskfile))
+            Ok(Work::Under) => {
+                if let (Some(id), Some(_)) = (ask.session, life) {
+                    self.sessions.hold(id, origin.tag);
+                }
+                Served::Parked
             }
+            Err(Refused::NoRoom) => Served::Dropped(Dropped::NoRoom),
+            Err(Refused::Degraded) => Served::Answer(ask.answer(drive::fault(&taskfile))),
         }
     }
 
@@ -228,8 +379,8 @@ impl Target {
     fn park(
         &mut self,
         parked: Parked,
-        begin: impl FnOnce(&mut Volume, &mut dyn FnMut() -> Option<Token>) -> Result<Begun, Refused>,
-    ) -> Result<Begun, Refused> {
+        begin: impl FnOnce(&mut Volume, &mut dyn FnMut() -> Option<Token>) -> Result<Work, Refused>,
+    ) -> Result<Work, Refused> {
         let mut id = None;
         let slab = &mut self.parked;
         let begun = begin(&mut self.volume, &mut || {
@@ -237,7 +388,7 @@ impl Target {
             id.map(Token)
         });
         match (&begun, id) {
-            (Ok(Begun::Under), _) | (_, None) => {}
+            (Ok(Work::Under), _) | (_, None) => {}
             (_, Some(id)) => drop(self.parked.remove(id)),
         }
         begun
@@ -250,26 +401,36 @@ impl Target {
             origin,
             taskfile,
             what,
+            life,
         } = parked;
-        if what == Pending::CacheOff {
-            if ok {
-                let held = Held::switch(nic, origin, taskfile, Switch::WriteCache(false));
-                self.change_later(held);
-                return;
-            }
-            self.closing -= 1;
-        }
         // A write that came while the write cache was on, and ends now that it
         // goes off: the sync before that may not have seen it, and nothing is
         // acknowledged any more that is not on stable storage.
         if ok && what == (Pending::Write { durable: false }) && self.is_durable() {
             let what = Pending::Write { durable: true };
             let begun = self.park(Parked { what, ..parked }, |volume, token| {
-                volume.flush(now, token).map(|()| Begun::Under)
+                volume.flush(now, token).map(|()| Work::Under)
             });
             if begun.is_ok() {
                 return;
             }
+        }
+        let written = ok && matches!(what, Pending::Write { .. });
+        let heard = life.is_none_or(|life| {
+            let asker = origin.source;
+            self.sessions.end(nic, asker, life, origin.tag, written)
+        });
+        if what == Pending::CacheOff {
+            if ok {
+                let held = Held::switch(nic, origin, taskfile, Switch::WriteCache(false));
+                self.change_later(now, held);
+                return;
+            }
+            self.closing -= 1;
+        }
+        if !heard {
+            self.recycle(data);
+            return;
         }
         let outcome = match (ok, what) {
             (true, _) => drive::SUCCESS,
@@ -279,80 +440,33 @@ impl Target {
         let answer = Answer {
             origin,
             taskfile,
+            code: None,
             outcome,
             body: data,
+            life,
         };
-        self.ready.push_back(Ready {
-            nic,
-            what: What::Ata(answer),
-        });
+        self.ready_or_delayed(now, nic, answer);
     }
 
-    /// A reply of registers, and perhaps data.
-    pub(super) fn answer(&self, head: &mut [u8], info: &NicInfo, answer: Answer) -> Action {
-        self.header(head, info, &answer.origin, None);
+    /// A reply of registers, and perhaps data, and perhaps its sum.
+    pub(super) fn answer(
+        &self,
+        head: &mut [u8],
+        info: &NicInfo,
+        answer: Answer,
+        summed: bool,
+    ) -> Action {
+        self.header(head, info, &answer.origin, answer.code);
         answer.taskfile.reply(head, answer.outcome);
-        let len = if answer.body.is_some() {
-            DATA
-        } else {
-            pad_registers(head, &answer.taskfile)
+        let Some(body) = answer.body else {
+            return Action::plain(pad_registers(head, &answer.taskfile));
         };
+        let summed = summed && drive::answers_with_sum(&answer.taskfile);
+        let sum = summed.then(|| crc::of_reply(head, &body));
         Action::Reply {
-            len,
-            body: answer.body,
-        }
-    }
-
-    fn reply(
-        &self,
-        head: &mut [u8],
-        info: &NicInfo,
-        origin: &Origin,
-        taskfile: &Taskfile,
-        outcome: Outcome,
-    ) -> Action {
-        let answer = Answer {
-            origin: *origin,
-            taskfile: *taskfile,
-            outcome,
-            body: None,
-        };
-        self.answer(head, info, answer)
-    }
-
-    /// An error of AoE, with registers that say so too, for initiators that
-    /// look at nothing else.
-    fn refuse(
-        &self,
-        head: &mut [u8],
-        info: &NicInfo,
-        origin: &Origin,
-        taskfile: &Taskfile,
-        code: ErrorCode,
-    ) -> Action {
-        self.header(head, info, origin, Some(code));
-        taskfile.reply(head, drive::aborted(taskfile));
-        Action::Reply {
-            len: pad_registers(head, taskfile),
-            body: None,
-        }
-    }
-
-    /// A reply with 512 bytes that are made here.
-    fn page(
-        &self,
-        head: &mut [u8],
-        info: &NicInfo,
-        origin: &Origin,
-        taskfile: &Taskfile,
-        page: &Page,
-    ) -> Action {
-        self.reply(head, info, origin, taskfile, drive::SUCCESS);
-        let end = DATA + page.len();
-        head[DATA..end].copy_from_slice(page);
-        Action::Reply {
-            len: end,
-            body: None,
+            len: DATA,
+            body: Some(body),
+            sum,
         }
     }
 }

@@ -31,9 +31,15 @@ pub enum Dropped {
     Silence,
     /// Too much is under way.
     NoRoom,
+    /// A request with its tag is in hand and will be answered.
+    InHand,
+    /// Its checksum is wrong.
+    Damaged,
+    /// More replies wait for their sender's pace than may.
+    Paced,
 }
 
-const REASONS: [(Dropped, &str); 13] = [
+const REASONS: [(Dropped, &str); 16] = [
     (Dropped::NoLink, "without link"),
     (Dropped::Cut, "cut short"),
     (Dropped::OtherHost, "for other hosts"),
@@ -47,17 +53,24 @@ const REASONS: [(Dropped, &str); 13] = [
     (Dropped::BroadcastChange, "changes to all"),
     (Dropped::Silence, "met with silence"),
     (Dropped::NoRoom, "without room"),
+    (Dropped::InHand, "in hand already"),
+    (Dropped::Damaged, "damaged"),
+    (Dropped::Paced, "beyond their pace"),
 ];
 
 /// Counts since the start.
 #[derive(Clone, Debug, Default)]
 pub struct Counters {
-    /// Frames that were answered or will be.
+    /// Requests that were answered or will be; of several reads in one frame
+    /// each.
     pub requests: u64,
     /// Sectors read for initiators.
     pub sectors_read: u64,
     /// Sectors written by them.
     pub sectors_written: u64,
+    /// Writes that came again, known by their tags, and were not carried out a
+    /// second time.
+    pub duplicate_writes: u64,
     drops: [u64; REASONS.len()],
 }
 
@@ -80,6 +93,9 @@ impl fmt::Display for Counters {
             "{} requests, {read} sectors read, {written} written",
             self.requests
         )?;
+        if self.duplicate_writes > 0 {
+            write!(f, ", {} duplicate writes", self.duplicate_writes)?;
+        }
         let mut lead = "; dropped: ";
         for (why, name) in REASONS {
             if self.drops(why) > 0 {
@@ -107,5 +123,8 @@ mod tests {
             text,
             "0 requests, 0 sectors read, 0 written; dropped: 1 masked"
         );
+        counters.duplicate_writes = 3;
+        let text = counters.to_string();
+        assert!(text.contains(" written, 3 duplicate writes; dropped: "));
     }
 }

@@ -6,7 +6,9 @@
 //!
 //! ```text
 //! parse -> for us? -> admitted? -> Config | Mask | Reserve -> reply, or saved first
-//!                               -> ATA -> reservation -> drive -> volume -> reply, or parked
+//!                               -> Extensions -> reply
+//!                               -> ATA -> checksum -> tags -> reservation -> drive -> volume
+//!                                      -> reply, or parked
 //! ```
 //!
 //! What was parked comes back from the disk: [`Target::advance`] takes it in,
@@ -15,6 +17,8 @@
 mod admin;
 mod ata;
 mod counters;
+mod extensions;
+mod pace;
 
 use std::collections::VecDeque;
 use std::os::fd::BorrowedFd;
@@ -24,16 +28,18 @@ use std::time::{Duration, Instant};
 use crate::access::{self, Policy, WireState};
 use crate::drive::Identity;
 use crate::net::{Frame, NicId, NicInfo};
+use crate::session::Sessions;
 use crate::store::{Bounds, Completed, Failures, PARKED_MAX, StateFile, Token, Volume};
 use crate::sys::buffer::{Body, BufSlice};
-use crate::wire::ata::DATA;
+use crate::wire::crc::Sum;
 use crate::wire::{
     Address, Command, ErrorCode, HEADER, MacAddr, Malformed, Origin, Request, config, frame_max,
-    pad, sectors_per_frame, set_source,
+    pad, sectors_per_frame, sectors_per_summed_frame, set_source,
 };
 
 use admin::{Held, Saving};
-use ata::Parked;
+use ata::{Ask, Parked};
+use pace::Delayed;
 
 pub use counters::{Counters, Dropped};
 
@@ -41,6 +47,9 @@ pub use counters::{Counters, Dropped};
 const SAVE: Token = Token(u32::MAX);
 /// How often a failing disk is written about.
 const ERROR_LOG_INTERVAL: Duration = Duration::from_secs(1);
+/// Replies that may be ready at once before no further read of a frame is
+/// taken: its initiator asks again.
+const READY_MAX: usize = 1024;
 
 /// What an export is, apart from what frames make of it.
 #[derive(Clone, Debug)]
@@ -64,17 +73,31 @@ pub struct Settings {
 pub enum Action {
     /// Nothing, and why.
     Drop(Dropped),
-    /// Send the first `len` bytes of the head, and the body behind them.
+    /// Send the first `len` bytes of the head, the body behind them, and the
+    /// body's sum behind that.
     Reply {
         /// Bytes of the head, 60 at least if there is no body.
         len: usize,
         /// Data that is sent from where it lies.
         body: Option<Body>,
+        /// The checksum of registers and body, for those who want one.
+        sum: Option<Sum>,
     },
     /// Nothing now; the reply comes when the disk is done.
     Parked,
     /// Another target answers under our address.
     Rival(MacAddr),
+}
+
+impl Action {
+    /// A reply of the head alone.
+    fn plain(len: usize) -> Action {
+        Action::Reply {
+            len,
+            body: None,
+            sum: None,
+        }
+    }
 }
 
 /// A reply whose time has come.
@@ -91,13 +114,21 @@ enum What {
 }
 
 impl What {
-    /// How long the reply is before it is padded.
-    fn len(&self) -> usize {
+    /// How long the reply is before it is padded; of a summed one with its sum.
+    fn len(&self, summed: bool) -> usize {
         match self {
-            What::Ata(answer) => DATA + answer.body.as_ref().map_or(0, |body| body.len()),
+            What::Ata(answer) => answer.len(summed),
             What::Bytes(bytes) => bytes.len(),
         }
     }
+}
+
+/// When and where a request came in.
+#[derive(Clone, Copy, Debug)]
+struct Arrival {
+    now: Instant,
+    nic: NicId,
+    info: NicInfo,
 }
 
 /// One export. See the head of this file.
@@ -112,8 +143,11 @@ pub struct Target {
     /// durable from the moment of the first.
     closing: u32,
     volume: Volume,
+    sessions: Sessions,
     parked: Slab<Parked>,
     ready: VecDeque<Ready>,
+    /// Replies to initiators that have spoken of congestion, by their time.
+    delayed: VecDeque<Delayed>,
     counters: Counters,
     started: Instant,
     error_logged: Option<Instant>,
@@ -137,8 +171,10 @@ impl Target {
             held: VecDeque::new(),
             closing: 0,
             volume,
+            sessions: Sessions::default(),
             parked: Slab::new(PARKED_MAX),
             ready: VecDeque::new(),
+            delayed: VecDeque::new(),
             counters: Counters::default(),
             started: now,
             error_logged: None,
@@ -218,13 +254,26 @@ impl Target {
         if let Err(action) = self.admit(&request, &info) {
             return action;
         }
+        let arrival = Arrival { now, nic, info };
+        let session = self.sessions.hear(now, nic, request.origin.source);
         match request.command {
             Command::Ata(taskfile, payload) => {
-                self.ata(now, nic, &info, &request, taskfile, payload, head)
+                let ask = Ask {
+                    arrival,
+                    origin: request.origin,
+                    taskfile,
+                    session,
+                    extensions: session
+                        .map(|id| self.sessions.extensions_of(id))
+                        .unwrap_or_default(),
+                };
+                self.ata(&ask, &request, payload, head)
             }
             Command::Config(_) | Command::Mask(_) | Command::Reserve(_) => {
-                self.administer(nic, &info, &request, head)
+                self.administer(&arrival, &request, head)
             }
+            Command::Extensions(Some(strings)) => self.extend(&arrival, &request, strings, head),
+            Command::Extensions(None) => Action::Drop(Dropped::Silence),
             Command::OtherVersion => {
                 self.header(
                     head,
@@ -232,10 +281,7 @@ impl Target {
                     &request.origin,
                     Some(ErrorCode::UnsupportedVersion),
                 );
-                Action::Reply {
-                    len: pad(head, HEADER),
-                    body: None,
-                }
+                Action::plain(pad(head, HEADER))
             }
             Command::Unknown => self.unknown(&info, &request, head),
         }
@@ -287,10 +333,7 @@ impl Target {
         let rest = &request.frame[HEADER..end];
         if let Some(room) = head.get_mut(HEADER..HEADER + rest.len()) {
             room.copy_from_slice(rest);
-            return Action::Reply {
-                len: pad(head, end),
-                body: None,
-            };
+            return Action::plain(pad(head, end));
         }
         match self.volume.buffer() {
             Some(mut buf) if buf.len() >= rest.len() => {
@@ -299,15 +342,24 @@ impl Target {
                     buf,
                     range: 0..rest.len(),
                 }));
-                Action::Reply { len: HEADER, body }
+                Action::Reply {
+                    len: HEADER,
+                    body,
+                    sum: None,
+                }
             }
             _ => Action::Drop(Dropped::NoRoom),
         }
     }
 
-    /// Sectors per frame that we tell an asker on this NIC.
-    fn frame_sectors(info: &NicInfo) -> u8 {
-        sectors_per_frame(info.mtu)
+    /// Sectors per frame that we tell an asker on this NIC, whose data has
+    /// checksums or not.
+    fn frame_sectors(info: &NicInfo, summed: bool) -> u8 {
+        if summed {
+            sectors_per_summed_frame(info.mtu)
+        } else {
+            sectors_per_frame(info.mtu)
+        }
     }
 
     /// Takes in what the disk has done since the last time.
@@ -315,11 +367,12 @@ impl Target {
         self.volume.advance(now);
         while let Some(Completed { token, data, ok }) = self.volume.next_completed() {
             if token == SAVE {
-                self.saved(ok);
+                self.saved(now, ok);
             } else if let Some(parked) = self.parked.remove(token.0) {
                 self.completed(now, parked, data, ok);
             }
         }
+        self.release_delayed(now);
         if let Some(error) = self.volume.take_error() {
             let due = self
                 .error_logged
@@ -349,12 +402,13 @@ impl Target {
     /// When [`advance`](Target::advance) is to be called even if nothing
     /// happens.
     pub fn deadline(&self) -> Option<Instant> {
-        self.volume.deadline()
+        let delayed = self.delayed.front().map(|delayed| delayed.due);
+        self.volume.deadline().into_iter().chain(delayed).min()
     }
 
     /// Whether nothing is under way, so that one may stop.
     pub fn is_idle(&self) -> bool {
-        self.volume.is_idle() && self.ready.is_empty()
+        self.volume.is_idle() && self.ready.is_empty() && self.delayed.is_empty()
     }
 
     /// Brings all that was acknowledged to stable storage, as before an orderly
@@ -386,16 +440,17 @@ impl Target {
         };
         // The NIC may have gone, or have another address or shorter frames than
         // when the request came in.
+        let summed = match &what {
+            What::Ata(answer) => self.sessions.extensions(nic, answer.asker()).crc8x4,
+            What::Bytes(_) => false,
+        };
         match self.nics.get(usize::from(nic.0)) {
-            Some(&Some(info)) if what.len() <= frame_max(info.mtu) => match what {
-                What::Ata(answer) => self.answer(head, &info, answer),
+            Some(&Some(info)) if what.len(summed) <= frame_max(info.mtu) => match what {
+                What::Ata(answer) => self.answer(head, &info, answer, summed),
                 What::Bytes(bytes) => {
                     head[..bytes.len()].copy_from_slice(&bytes);
                     set_source(head, info.mac);
-                    Action::Reply {
-                        len: pad(head, bytes.len()),
-                        body: None,
-                    }
+                    Action::plain(pad(head, bytes.len()))
                 }
             },
             _ => {
@@ -442,9 +497,10 @@ impl Target {
     pub fn advertise(&self, nic: NicId, to: MacAddr, head: &mut [u8]) -> Option<usize> {
         let info = (*self.nics.get(usize::from(nic.0))?)?;
         let fits = config::STRING + self.state.config.len() <= frame_max(info.mtu);
+        let summed = self.sessions.extensions(nic, to).crc8x4;
         let report = config::Report {
             buffers: self.settings.buffers,
-            sectors: Self::frame_sectors(&info),
+            sectors: Self::frame_sectors(&info, summed),
             sub: 0,
             string: if fits { &self.state.config } else { &[] },
         };

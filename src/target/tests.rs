@@ -6,8 +6,13 @@ mod admin;
 mod admission;
 mod ata;
 mod cache;
+mod doors;
 mod links;
+mod pace;
+mod several;
 mod simulation;
+mod sums;
+mod tags;
 
 use std::cell::RefCell;
 use std::collections::VecDeque;
@@ -350,7 +355,7 @@ impl Bench {
         let mut head = vec![0xA5; HEAD_MAX];
         let action = self.target.handle(self.now, nic, frame, &mut head);
         let got = match action {
-            Action::Reply { len, body } => Got::Reply(self.whole(&head[..len], body)),
+            Action::Reply { len, body, sum } => Got::Reply(self.whole(&head[..len], body, sum)),
             Action::Parked => Got::Parked,
             Action::Drop(why) => Got::Dropped(why),
             Action::Rival(mac) => Got::Rival(mac),
@@ -363,9 +368,10 @@ impl Bench {
         got
     }
 
-    fn whole(&mut self, head: &[u8], body: Option<Body>) -> Reply {
+    fn whole(&mut self, head: &[u8], body: Option<Body>, sum: Option<Sum>) -> Reply {
         let mut bytes = head.to_vec();
         bytes.extend_from_slice(body.as_deref().unwrap_or_default());
+        bytes.extend(sum.into_iter().flatten());
         self.target.recycle(body);
         Reply::parse(bytes).unwrap()
     }
@@ -380,8 +386,8 @@ impl Bench {
         }
         while let Some(nic) = self.target.next_ready() {
             let mut head = vec![0xA5; HEAD_MAX];
-            if let Action::Reply { len, body } = self.target.emit(&mut head) {
-                let reply = self.whole(&head[..len], body);
+            if let Action::Reply { len, body, sum } = self.target.emit(&mut head) {
+                let reply = self.whole(&head[..len], body, sum);
                 let answered = |(on, request): &(NicId, Vec<u8>)| {
                     *on == nic
                         && request[19..24] == reply.bytes()[19..24]
@@ -544,7 +550,14 @@ impl Bench {
         let bytes = reply.bytes();
         assert_eq!(bytes[6..12], info.mac.0, "not from its NIC: {reply:?}");
         assert!(bytes.len() <= frame_max(info.mtu), "too long: {reply:?}");
-        let end = meaningful(request, reply);
+        let mut end = meaningful(request, reply);
+        let asker = MacAddr(request[6..12].try_into().unwrap());
+        let data = request[14] >> 4 == 1 && request[19] == 0 && end > 60;
+        if data && request[27] != 0xB0 && self.target.sessions.extensions(nic, asker).crc8x4 {
+            let count = ((end - 36) / 512) as u8;
+            assert!(reply.crc_matches(count), "wrong or no sum: {reply:?}");
+            end += 4;
+        }
         // aoeping wants room for a sector in every answer to SMART.
         let smart = request[14] >> 4 == 1 && request[19] == 0 && request[27] == 0xB0;
         let least = if smart { 36 + 512 } else { 60 };

@@ -5,7 +5,11 @@
 //! 25  MCmd: 0 read, 1 edit         28  directives of 8 bytes:
 //! 26  reply: MError                      0 reserved, 1 DCmd, 2 MAC (6)
 //! ```
+//!
+//! DCmd 1 adds a MAC and 2 deletes one. 3 and 4 are ours: they switch an
+//! extension of the asker on and off, whose name stands in place of the MAC.
 
+use super::extensions::{SHORT_NAME, Wish, by_short_name};
 use super::{HEADER, MacAddr};
 
 /// The command byte.
@@ -37,6 +41,8 @@ pub enum Directive {
     Add(MacAddr),
     /// DCmd 2.
     Delete(MacAddr),
+    /// DCmd 3 or 4; `None` if we do not know the name.
+    Extension(Option<Wish>),
     /// Any other.
     Unknown,
 }
@@ -64,8 +70,15 @@ impl<'a> Directives<'a> {
             0 => Directive::Nothing,
             1 => Directive::Add(MacAddr::at(d, 2)),
             2 => Directive::Delete(MacAddr::at(d, 2)),
+            3 | 4 => Directive::Extension(by_short_name(&d[2..2 + SHORT_NAME], d[1] == 3)),
             _ => Directive::Unknown,
         })
+    }
+
+    /// Whether they are about extensions, and touch no list.
+    pub fn are_extensions(self) -> bool {
+        let about = |d| matches!(d, Directive::Extension(_));
+        self.iter().any(about) && self.iter().all(|d| about(d) || d == Directive::Nothing)
     }
 }
 
@@ -116,6 +129,7 @@ pub fn mcmd(frame: &[u8]) -> u8 {
 
 #[cfg(test)]
 mod tests {
+    use super::super::extensions::Extension;
     use super::*;
 
     #[test]
@@ -138,6 +152,35 @@ mod tests {
         assert_eq!(Edit::parse(&frame), Some(Edit::Bad));
         frame[25] = 0;
         assert_eq!(Edit::parse(&frame), Some(Edit::Read));
+    }
+
+    #[test]
+    fn extensions_have_directives_of_their_own() {
+        let mut frame = vec![0; DIRECTIVES];
+        frame[25] = 1;
+        frame[27] = 4;
+        frame.extend_from_slice(b"\0\x03crc8x4\0\x04coalrd\0\0......\0\x03nobody");
+        let list = |frame: &[u8]| match Edit::parse(frame) {
+            Some(Edit::Edit(directives)) => (
+                directives.iter().collect::<Vec<_>>(),
+                directives.are_extensions(),
+            ),
+            other => panic!("{other:?}"),
+        };
+        let expected = [
+            Directive::Extension(Some(Wish::On(Extension::Crc8x4))),
+            Directive::Extension(Some(Wish::Off(Extension::CoalescedRead))),
+            Directive::Nothing,
+            Directive::Extension(None),
+        ];
+        assert_eq!(list(&frame), (expected.to_vec(), true));
+        for dcmd in [1, 2, 5, 255] {
+            frame[45] = dcmd;
+            assert!(!list(&frame).1, "{dcmd}");
+        }
+        // Of nothing at all one cannot say so.
+        frame[27] = 0;
+        assert_eq!(list(&frame), (vec![], false));
     }
 
     #[test]

@@ -14,13 +14,15 @@
 //! ```
 //!
 //! A request becomes a [`Request`] that borrows the frame it came in; the room
-//! of each command ([`ata`], [`config`], [`mask`], [`reserve`]) draws what lies
-//! behind the 24 bytes. A reply is written by the same rooms, header by
-//! [`Origin::reply_header`], and never takes a byte from anywhere but the
-//! request and the answer.
+//! of each command ([`ata`], [`config`], [`mask`], [`reserve`], [`extensions`])
+//! draws what lies behind the 24 bytes. A reply is written by the same rooms,
+//! header by [`Origin::reply_header`], and never takes a byte from anywhere but
+//! the request and the answer.
 
 pub mod ata;
 pub mod config;
+pub mod crc;
+pub mod extensions;
 pub mod mask;
 pub mod reserve;
 
@@ -71,6 +73,13 @@ pub fn sectors_per_frame(mtu: u32) -> u8 {
     room.min(255) as u8
 }
 
+/// The same with a checksum behind the data. Where one sector fits without it
+/// one does with it, since the MTU does not count the Ethernet header.
+pub fn sectors_per_summed_frame(mtu: u32) -> u8 {
+    let with_sum = sectors_per_frame(mtu.saturating_sub(size_of::<crc::Sum>() as u32));
+    with_sum.max(sectors_per_frame(mtu).min(1))
+}
+
 /// The longest frame a NIC with this MTU takes.
 pub fn frame_max(mtu: u32) -> usize {
     mtu as usize + ETHERNET_HEADER
@@ -116,6 +125,29 @@ mod tests {
         assert_eq!(sectors_per_frame(u32::MAX), 255);
         for (mtu, sectors) in table {
             assert!(ata::DATA + 512 * usize::from(sectors) <= frame_max(mtu).max(ata::DATA));
+        }
+    }
+
+    #[test]
+    fn a_sum_takes_four_bytes_of_a_frame_that_still_fits() {
+        let table = [
+            (547, 0),
+            (548, 1),
+            (1060, 1),
+            (1063, 1),
+            (1064, 2),
+            (1500, 2),
+        ];
+        for (mtu, sectors) in table {
+            assert_eq!(sectors_per_summed_frame(mtu), sectors, "MTU {mtu}");
+        }
+        assert_eq!(sectors_per_summed_frame(u32::MAX), 255);
+        for mtu in 548..70_000 {
+            let data = 512 * usize::from(sectors_per_summed_frame(mtu));
+            assert!(
+                data >= 512 && ata::DATA + data + 4 <= frame_max(mtu),
+                "MTU {mtu}"
+            );
         }
     }
 }

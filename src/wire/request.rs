@@ -3,7 +3,7 @@
 use super::ata::Taskfile;
 use super::{
     Address, ETHERTYPE, ErrorCode, FLAG_ERROR, FLAG_RESPONSE, HEADER, MacAddr, Shelf, Slot,
-    VERSION, ata, be16, config, mask, reserve,
+    VERSION, ata, be16, config, extensions, mask, reserve,
 };
 
 /// Why bytes are no request. None of these gets an answer.
@@ -27,6 +27,8 @@ pub enum Command<'a> {
     Mask(mask::Edit<'a>),
     /// Command 3.
     Reserve(reserve::Order<'a>),
+    /// Command 0x23; `None` if its length or its end is wrong.
+    Extensions(Option<extensions::Strings<'a>>),
     /// Any other command, answered with an error.
     Unknown,
     /// Any command of another protocol version, answered with an error.
@@ -163,6 +165,7 @@ impl<'a> Command<'a> {
             config::COMMAND => Command::Config(config::Query::parse(frame)?),
             mask::COMMAND => Command::Mask(mask::Edit::parse(frame)?),
             reserve::COMMAND => Command::Reserve(reserve::Order::parse(frame)?),
+            extensions::COMMAND => Command::Extensions(extensions::Strings::parse(frame)?),
             _ => Command::Unknown,
         })
     }
@@ -212,7 +215,7 @@ mod tests {
 
     #[test]
     fn every_command_needs_its_own_header() {
-        for (command, need) in [(0u8, 36), (1, 32), (2, 28), (3, 26), (0x23, 24), (0xF0, 24)] {
+        for (command, need) in [(0u8, 36), (1, 32), (2, 28), (3, 26), (0x23, 26), (0xF0, 24)] {
             let mut frame = [0u8; 64];
             frame[..24].copy_from_slice(&LINUX_DISCOVERY[..24]);
             frame[19] = command;
@@ -261,7 +264,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn no_bytes_can_harm(bytes in proptest::collection::vec(any::<u8>(), 0..1600), command in 0u8..5) {
+        fn no_bytes_can_harm(bytes in proptest::collection::vec(any::<u8>(), 0..1600), command in prop_oneof![0u8..5, Just(0x23)]) {
             let _ = Request::parse(&bytes);
             let mut frame = bytes;
             if frame.len() >= 20 {

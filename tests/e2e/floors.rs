@@ -6,13 +6,15 @@ use std::path::{Path, PathBuf};
 
 /// Every room and its floor. `shadow`, on floor 0, is a crate of its own and so
 /// cannot import any of these.
-const ROOMS: [(&str, u8); 14] = [
+const ROOMS: [(&str, u8); 16] = [
     ("wire", 1),
     ("sys", 1),
     ("access", 2),
+    ("dedup", 2),
     ("drive", 2),
     ("freeze", 2),
     ("net", 2),
+    ("session", 3),
     ("store", 3),
     ("target", 4),
     ("config", 4),

@@ -12,6 +12,7 @@ mod arena;
 mod backup;
 mod cli;
 mod devices;
+mod extensions;
 mod faults;
 mod floors;
 mod frames;

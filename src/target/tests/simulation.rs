@@ -2,20 +2,24 @@
 //! disk that ends its jobs in any order: a read returns of each sector what was
 //! acknowledged last when it was asked, or something newer; whatever is refused
 //! has no effect; what is acknowledged is where the mode promises it; and every
-//! reply keeps the rules.
+//! reply keeps the rules. Of hosts whose tags count, frames come again: what was
+//! done is not done again, and what was not is not acknowledged.
 //!
 //! What a frame must do is said here a second time, by a model that knows
 //! nothing but the history of each sector and the table of opcodes.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet, VecDeque};
 
 use super::*;
 use crate::access::admits;
+use crate::session::Tags;
 use initiator::frame::{Ata, Directive};
 use initiator::hostile;
 
 const STEPS: usize = 400;
 const SEEDS: u64 = 60;
+/// Frames that may come again.
+const RECENT: usize = 40;
 
 /// What the model says of an ATA request that is heard.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -48,9 +52,15 @@ struct Model {
     /// Who acknowledges writes before they are on stable storage.
     durable: bool,
     write_through: bool,
-    /// What those who asked must get, by NIC, host and tag.
-    waiting: HashMap<(u16, Vec<u8>), Must>,
+    /// What those who asked must get, and their frames, in order, by NIC, host
+    /// and tag.
+    waiting: HashMap<Key, VecDeque<(Must, Vec<u8>)>>,
+    /// Writes that were carried out, without their headers.
+    done: HashSet<(Key, Vec<u8>)>,
 }
+
+/// NIC; host and tag.
+type Key = (u16, Vec<u8>);
 
 impl Model {
     /// What a request must get, and what becomes of the disk.
@@ -175,7 +185,7 @@ impl Model {
 
     /// Holds a reply against what it must be, and the disk against what it
     /// acknowledges.
-    fn hold(&mut self, bench: &Bench, nic: NicId, reply: &Reply) {
+    fn hold(&mut self, bench: &Bench, nic: NicId, reply: &Reply, at_once: bool) {
         if reply.command() != 0 || reply.error() == Some(5) {
             return;
         }
@@ -183,8 +193,14 @@ impl Model {
             nic.0,
             [&reply.bytes()[..6], &reply.bytes()[20..24]].concat(),
         );
-        let must = self.waiting.remove(&key);
-        let must = must.unwrap_or_else(|| panic!("unexpected: {reply:?}"));
+        // A frame that came again may have an answer while its first copy, of an
+        // earlier life of its host, has none yet and never will.
+        let list = self.waiting.get_mut(&key);
+        let next = match at_once {
+            true => list.and_then(VecDeque::pop_back),
+            false => list.and_then(VecDeque::pop_front),
+        };
+        let (must, frame) = next.unwrap_or_else(|| panic!("unexpected: {reply:?}"));
         let ata = reply.ata().unwrap();
         let got = match (reply.error(), ata.status) {
             (Some(code), _) => Err(Must::Refuse(code)),
@@ -208,6 +224,7 @@ impl Model {
                 }
             }
             Must::Write(places) => {
+                self.done.insert((key, frame[24..].to_vec()));
                 let (disk, stable) = (bench.on_disk(), bench.stable());
                 let target = &bench.target;
                 let durable = self.durable || target.closing > 0 || !target.state.write_cache;
@@ -235,11 +252,32 @@ impl Model {
     }
 }
 
+/// Whether a frame is of a host whose tags count, so that it may come again.
+fn counts(bench: &Bench, nic: NicId, bytes: &[u8]) -> bool {
+    let from = MacAddr(bytes[6..12].try_into().unwrap());
+    bench.target.sessions.extensions(nic, from).tags == Tags::CountBe
+}
+
 /// A frame that may be right, or nearly.
-fn frame(chance: &mut Chance, bench: &mut Bench, captured: &[Vec<u8>]) -> (NicId, Vec<u8>) {
+fn frame(
+    chance: &mut Chance,
+    bench: &mut Bench,
+    captured: &[Vec<u8>],
+    recent: &VecDeque<(NicId, Vec<u8>)>,
+) -> (NicId, Vec<u8>) {
+    if chance.one_in(5) && !recent.is_empty() {
+        let (nic, bytes) = &recent[chance.below(recent.len())];
+        if counts(bench, *nic, bytes) {
+            return (*nic, bytes.clone());
+        }
+    }
     let nic = *chance.pick(&[SMALL, SMALL, JUMBO]);
     let from = *chance.pick(&[ALICE, ALICE, BOB, CAROL]);
-    if chance.one_in(12) {
+    if chance.one_in(if bench.target.sessions.is_empty() {
+        12
+    } else {
+        60
+    }) {
         let mut bytes = chance.pick(captured).clone();
         bytes[..6].copy_from_slice(&host::<MacAddr>(1 + nic.0 as u8).0);
         bytes[6..12].copy_from_slice(&host::<MacAddr>(from).0);
@@ -274,7 +312,7 @@ fn ask(chance: &mut Chance, most: usize) -> Ask {
         let picked = hosts.iter().filter(|_| all);
         picked.map(|h| host(*h)).collect()
     };
-    match chance.below(30) {
+    match chance.below(31) {
         0..9 => Ask::read(lba, count as u8),
         9..18 => Ask::write(lba, &sectors(fill, count)),
         18 => Ask::flush(),
@@ -288,6 +326,7 @@ fn ask(chance: &mut Chance, most: usize) -> Ask {
             Ask::mask_edit(&edits)
         }
         24 => Ask::write(lba, &sectors(fill, count)).shelf(0xFFFF),
+        30 => Ask::extensions(&[*chance.pick(&["reset", "tag_inc_be", "tag_inc_be"])]),
         25 => {
             let mut ranges = sectors(0, 1);
             let entry = (lba | (count as u64) << 48).to_le_bytes();
@@ -337,8 +376,16 @@ fn run(seed: u64) {
         durable: settings.durable,
         write_through: room.write_through,
         waiting: HashMap::new(),
+        done: HashSet::new(),
     };
     let mut bench = Bench::with_room(settings, room);
+    let mut watched = HashSet::new();
+    let mut recent = VecDeque::new();
+    for (nic, from) in [(SMALL, ALICE), (SMALL, BOB), (JUMBO, ALICE)] {
+        if chance.one_in(2) {
+            bench.extend(nic, from, &["tag_inc_be"]);
+        }
+    }
     for _ in 0..STEPS {
         if chance.one_in(15) {
             let shut = bench.desk.borrow().shut;
@@ -359,7 +406,7 @@ fn run(seed: u64) {
         if chance.one_in(3) {
             take_in(&mut bench, &mut model);
         }
-        let (nic, bytes) = frame(&mut chance, &mut bench, &captured);
+        let (nic, bytes) = frame(&mut chance, &mut bench, &captured, &recent);
         let Some(from) = heard(&bench, &bytes) else {
             let got = bench.hand(nic, &bytes);
             assert!(matches!(got, Got::Dropped(_) | Got::Rival(_)), "{got:?}");
@@ -368,21 +415,46 @@ fn run(seed: u64) {
         let ata = bytes[19] == 0 && bytes[14] >> 4 == 1;
         if !ata {
             if let Got::Reply(reply) = bench.hand(nic, &bytes) {
-                model.hold(&bench, nic, &reply);
+                model.hold(&bench, nic, &reply, true);
             }
             continue;
         }
+        if counts(&bench, nic, &bytes) {
+            watched.insert((nic.0, from));
+            recent.push_back((nic, bytes.clone()));
+            recent.drain(..recent.len().saturating_sub(RECENT));
+        }
         let must = model.order(&bench, nic, &bytes);
         let key = (nic.0, [&from.0[..], &bytes[20..24]].concat());
-        if must != Must::Silence {
-            model.waiting.insert(key.clone(), must.clone());
-        }
-        match bench.hand(nic, &bytes) {
-            Got::Reply(reply) => model.hold(&bench, nic, &reply),
-            Got::Parked => assert_ne!(must, Must::Silence),
+        let duplicates = bench.target.counters().duplicate_writes;
+        let got = bench.hand(nic, &bytes);
+        let is_duplicate = bench.target.counters().duplicate_writes > duplicates;
+        let expect = |model: &mut Model, must: &Must| {
+            let list = model.waiting.entry(key.clone()).or_default();
+            list.push_back((must.clone(), bytes.clone()));
+        };
+        match got {
+            Got::Reply(reply) if is_duplicate => {
+                assert_eq!(registers(&reply), (0x40, 0, 0));
+                let known = model.done.contains(&(key, bytes[24..].to_vec()));
+                assert!(known, "acknowledged, never done: {reply:?}");
+                model.unwrite(must);
+            }
+            Got::Reply(reply) => {
+                expect(&mut model, &must);
+                model.hold(&bench, nic, &reply, true);
+            }
+            Got::Parked => {
+                assert_ne!(must, Must::Silence);
+                expect(&mut model, &must);
+            }
+            Got::Dropped(Dropped::InHand) => {
+                let waiting = model.waiting.get(&key);
+                assert!(waiting.is_some_and(|list| !list.is_empty()), "{bytes:02x?}");
+                model.unwrite(must);
+            }
             Got::Dropped(Dropped::NoRoom) => {
                 assert!(matches!(must, Must::Write(_)), "{must:?}");
-                model.waiting.remove(&key);
                 model.unwrite(must);
             }
             Got::Dropped(why) => assert_eq!((why, must), (Dropped::BroadcastChange, Must::Silence)),
@@ -394,7 +466,12 @@ fn run(seed: u64) {
     bench.settle();
     take_in(&mut bench, &mut model);
     assert!(bench.target.is_idle());
-    assert!(model.waiting.is_empty(), "no answer: {:?}", model.waiting);
+    // Those whose tags began anew get no answer to what was in hand then.
+    for ((nic, who), list) in &model.waiting {
+        let from = MacAddr(who[..6].try_into().unwrap());
+        let left = !list.is_empty() && !watched.contains(&(*nic, from));
+        assert!(!left, "no answer: {list:?}");
+    }
     same(&bench.stable(), &model.newest());
     assert_eq!(bench.target.closing, 0);
     let saved = bench.saved().unwrap_or_default();
@@ -426,7 +503,7 @@ fn heard(bench: &Bench, bytes: &[u8]) -> Option<MacAddr> {
 
 fn take_in(bench: &mut Bench, model: &mut Model) {
     for (nic, reply) in bench.pump() {
-        model.hold(bench, nic, &reply);
+        model.hold(bench, nic, &reply, false);
     }
 }
 

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use aoede::sys::buffer::Buf;
-use aoede::sys::packet::BATCH;
+use aoede::sys::packet::{BATCH, PIECES};
 use aoede::wire::MacAddr;
 
 use crate::error::{Error, Result};
@@ -128,11 +128,11 @@ impl Answerer {
 
 impl Replies {
     fn send(&mut self, port: &Port, memory: &[u8]) -> Result<()> {
-        let mut frames = [[&[][..]; 2]; BATCH];
+        let mut frames = [[&[][..]; PIECES]; BATCH];
         for (frame, (head, (len, from, to))) in
             frames.iter_mut().zip(self.heads.iter().zip(&self.parts))
         {
-            *frame = [&head[..*len], &memory[*from..*to]];
+            *frame = [&head[..*len], &memory[*from..*to], &[]];
         }
         let count = std::mem::take(&mut self.count);
         port.send(&frames[..count]).map(drop)

@@ -435,6 +435,12 @@ impl Client {
         config(&self.call(&Frame::config(0, b""))?)
     }
 
+    /// Asks anew how many sectors a frame carries, which the extensions change.
+    pub fn ask_sectors_per_frame(&mut self) -> Result<()> {
+        self.sectors_per_frame = self.config_read()?.sectors;
+        Ok(())
+    }
+
     /// Sets the config string where none is; `false` if another is there.
     pub fn config_set(&mut self, string: &[u8]) -> Result<bool> {
         let reply = self.call(&Frame::config(3, string))?;

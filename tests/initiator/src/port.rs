@@ -160,7 +160,7 @@ impl Port {
 
     /// Sends one frame; an error says why the kernel would not.
     pub fn send_one(&self, frame: &[u8]) -> Result<()> {
-        let one = [[frame, &[][..]]];
+        let one = [[frame, &[][..], &[][..]]];
         loop {
             match self.socket.send(one.iter().copied()) {
                 Ok(_) => return Ok(()),

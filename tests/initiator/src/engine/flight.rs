@@ -2,6 +2,9 @@
 
 use std::time::Instant;
 
+use aoede::sys::packet::PIECES;
+use aoede::wire::crc::{self, Sum};
+
 use super::Tags;
 use super::model::ReadTicket;
 use crate::frame::{ATA, BODY, DATA, FLAG_ERROR, SECTOR};
@@ -27,6 +30,8 @@ pub(super) struct Flight {
     pub(super) head: [u8; DATA],
     /// What a write carries; kept from one write to the next.
     pub(super) data: Vec<u8>,
+    /// What stands behind the data, if the target wants a checksum.
+    pub(super) sum: Option<Sum>,
     pub(super) first: Instant,
     pub(super) last: Instant,
     pub(super) generation: u64,
@@ -34,19 +39,39 @@ pub(super) struct Flight {
 }
 
 /// The bytes of its frame.
-pub(super) fn pieces(flight: &Flight) -> [&[u8]; 2] {
-    let data = match flight.kind {
-        Kind::Write => &flight.data[..],
-        _ => &[],
-    };
-    [&flight.head, data]
+pub(super) fn pieces(flight: &Flight) -> [&[u8]; PIECES] {
+    match flight.kind {
+        Kind::Write => {
+            let sum = flight.sum.as_ref().map_or(&[][..], |sum| &sum[..]);
+            [&flight.head, &flight.data, sum]
+        }
+        Kind::Read | Kind::Flush => [&flight.head, &[], &[]],
+    }
+}
+
+/// One frame for several reads (extension `coalesced_read`).
+pub(super) fn coalesced<'a>(reads: impl Iterator<Item = &'a Flight>) -> Vec<u8> {
+    let mut frame = Vec::new();
+    for (index, read) in reads.enumerate() {
+        if index == 0 {
+            frame.extend(read.head);
+            frame.push(0);
+            continue;
+        }
+        frame[DATA] += 1;
+        frame.extend(&read.head[20..BODY]);
+        frame.extend(&read.head[28..34]);
+        frame.extend([0; 5]);
+        frame.push(read.count);
+    }
+    frame
 }
 
 /// A tag as it is sent.
 pub(super) fn tag_bytes(tags: Tags, tag: u32) -> [u8; 4] {
     match tags {
         Tags::CountLe => tag.to_le_bytes(),
-        Tags::Plain | Tags::CountBe => tag.to_be_bytes(),
+        _ => tag.to_be_bytes(),
     }
 }
 
@@ -56,7 +81,7 @@ pub(super) fn tag_of(bytes: &[u8], tags: Tags) -> Option<u32> {
     let tag = [tag[0], tag[1], tag[2], tag[3]];
     Some(match tags {
         Tags::CountLe => u32::from_le_bytes(tag),
-        Tags::Plain | Tags::CountBe => u32::from_be_bytes(tag),
+        _ => u32::from_be_bytes(tag),
     })
 }
 
@@ -79,8 +104,9 @@ pub(super) fn take(
     Some(index)
 }
 
-/// What is wrong with a reply to this flight, if anything is.
-pub(super) fn judge(bytes: &[u8], flight: &Flight) -> Option<String> {
+/// What is wrong with a reply to this flight, if anything is; `summed` says
+/// whether data must carry a checksum.
+pub(super) fn judge(bytes: &[u8], flight: &Flight, summed: bool) -> Option<String> {
     let what = || format!("{:?} of {} at {}", flight.kind, flight.count, flight.lba);
     if bytes[14] & FLAG_ERROR != 0 {
         return Some(format!("{}: AoE error {}", what(), bytes[15]));
@@ -107,6 +133,14 @@ pub(super) fn judge(bytes: &[u8], flight: &Flight) -> Option<String> {
             bytes.len(),
             &bytes[..DATA]
         ));
+    }
+    if summed && flight.kind == Kind::Read {
+        // The fast one, which was held against ours (tests of the frames):
+        // this is the hot path.
+        let sum = crc::of_reply(bytes, &bytes[DATA..need]);
+        if bytes.get(need..need + sum.len()) != Some(&sum[..]) {
+            return Some(format!("{}: a wrong checksum, or none", what()));
+        }
     }
     None
 }

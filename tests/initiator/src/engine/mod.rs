@@ -23,6 +23,11 @@ use faults::{Happened, Rates};
 use histogram::Histogram;
 use model::{Initial, Model};
 
+/// The most reads in one frame: as many as one of 1514 bytes holds.
+pub const COALESCE_MAX: usize = 92;
+/// Reads in one frame when everything is read again.
+const COALESCE: usize = 4;
+
 /// What operations do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Op {
@@ -52,6 +57,26 @@ pub enum Tags {
     CountBe,
     /// Little endian ones.
     CountLe,
+    /// Unique: copies of a request under way are recognised.
+    Unique,
+}
+
+/// What the target is asked for besides AoE.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Wants {
+    tags: Tags,
+    crc: bool,
+    coalesce: bool,
+}
+
+impl Wants {
+    fn of(plan: &Plan) -> Wants {
+        Wants {
+            tags: plan.tags,
+            crc: plan.crc,
+            coalesce: plan.coalesce > 1,
+        }
+    }
 }
 
 /// Bytes of an operation.
@@ -100,6 +125,13 @@ pub struct Plan {
     pub last_answers: Duration,
     /// What tags are to the target.
     pub tags: Tags,
+    /// Whether data has checksums.
+    pub crc: bool,
+    /// So many reads in one frame, if so many are to be sent; 0 and 1 are one.
+    pub coalesce: usize,
+    /// So many operations begin together, as those of an initiator that plugs
+    /// its queue; those of one frame do in any case.
+    pub batch: usize,
     /// A FLUSH in place of every so manieth operation.
     pub flush_every: Option<u64>,
     /// Whether to look for replies without pause instead of sleeping.
@@ -127,6 +159,9 @@ impl Default for Plan {
             give_up: Duration::from_secs(10),
             last_answers: Duration::from_secs(1),
             tags: Tags::Plain,
+            crc: false,
+            coalesce: 1,
+            batch: 1,
             flush_every: None,
             spin: false,
         }
@@ -148,6 +183,11 @@ pub struct Report {
     pub latency: Histogram,
     /// Requests sent again.
     pub resent: u64,
+    /// Writes, in frames.
+    pub write_frames: u64,
+    /// Frames of writes that were put on the wire: one that is doubled or sent
+    /// again counts for each time, one that is lost for none.
+    pub write_copies: u64,
     /// Replies that nobody waited for any more.
     pub late: u64,
     /// Replies with an AoE or ATA error.
@@ -222,7 +262,7 @@ pub struct Engine {
     pub client: Client,
     disk_sectors: u64,
     model: Option<Model>,
-    tags: Tags,
+    wants: Wants,
     next_tag: u32,
 }
 
@@ -235,7 +275,7 @@ impl Engine {
             client,
             disk_sectors,
             model: None,
-            tags: Tags::Plain,
+            wants: Wants::of(&Plan::default()),
             // Far from those of an engine that had this address before, whose
             // answers may come yet.
             next_tag: next_tag.wrapping_mul(0x9E37_79B1),
@@ -267,22 +307,36 @@ impl Engine {
         self.model.take()
     }
 
-    /// Asks for counting tags, or for none. A target that was started anew has
-    /// forgotten, and is to be asked again.
-    pub fn negotiate(&mut self, tags: Tags) -> Result<()> {
-        let wish = match tags {
-            Tags::Plain => "reset",
-            Tags::CountBe => "tag_inc_be",
-            Tags::CountLe => "tag_inc_le",
-        };
-        let said = self.client.extensions(&[wish])?;
-        if said != [wish.to_uppercase()] {
+    /// Asks for what a plan wants, and for nothing else. A target that was
+    /// started anew has forgotten, and is to be asked again.
+    pub fn negotiate(&mut self, plan: &Plan) -> Result<()> {
+        let wants = Wants::of(plan);
+        let mut wishes = vec!["reset"];
+        match wants.tags {
+            Tags::Plain => {}
+            Tags::CountBe => wishes.push("tag_inc_be"),
+            Tags::CountLe => wishes.push("tag_inc_le"),
+            Tags::Unique => wishes.push("tag_random"),
+        }
+        if wants.crc {
+            wishes.push("crc8x4");
+        }
+        if wants.coalesce {
+            wishes.push("coalesced_read");
+        }
+        let said = self.client.extensions(&wishes)?;
+        if said
+            .iter()
+            .zip(&wishes)
+            .any(|(s, w)| *s != w.to_uppercase())
+        {
             return Err(Error::Unexpected(format!(
-                "the target does not know {wish}: it said {said:?}"
+                "the target does not have all of {wishes:?}: it said {said:?}"
             )));
         }
-        self.tags = tags;
-        Ok(())
+        self.wants = wants;
+        // A checksum takes room in each frame.
+        self.client.ask_sectors_per_frame()
     }
 
     /// Runs a plan to its end.
@@ -293,8 +347,8 @@ impl Engine {
     /// Runs a plan to its end or until `stop` says so; then no further
     /// operation begins.
     pub fn run_until(&mut self, plan: &Plan, stop: impl FnMut() -> bool) -> Result<Report> {
-        if plan.tags != self.tags {
-            self.negotiate(plan.tags)?;
+        if Wants::of(plan) != self.wants {
+            self.negotiate(plan)?;
         }
         run::Run::new(self, plan)?.execute(stop)
     }
@@ -314,7 +368,9 @@ impl Engine {
             duration: None,
             operations: Some(sectors.div_ceil(step)),
             verify: Some(Initial::Any),
-            tags: self.tags,
+            tags: self.wants.tags,
+            crc: self.wants.crc,
+            coalesce: if self.wants.coalesce { COALESCE } else { 1 },
             ..Plan::default()
         };
         self.run(&plan)?.clean()

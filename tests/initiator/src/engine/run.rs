@@ -3,13 +3,14 @@
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
-use aoede::sys::packet::BATCH;
+use aoede::sys::packet::{BATCH, PIECES};
+use aoede::wire::crc;
 
 use super::faults::Injector;
-use super::flight::{Flight, Kind, TAGS, judge, pieces, tag_bytes, tag_of, take};
+use super::flight::{Flight, Kind, TAGS, coalesced, judge, pieces, tag_bytes, tag_of, take};
 use super::model::Model;
 use super::rng::{Rng, mix};
-use super::{Block, Engine, Op, Order, Plan, Report, Tags};
+use super::{Block, COALESCE_MAX, Engine, Op, Order, Plan, Report, Tags};
 use crate::client::Client;
 use crate::error::{Error, Result};
 use crate::frame::{Ata, BODY, DATA, Frame, SECTOR, opcode};
@@ -64,7 +65,6 @@ pub(super) struct Run<'a> {
 struct Faulty {
     outgoing: Injector<Vec<u8>>,
     incoming: Injector<Vec<u8>>,
-    out: Vec<Vec<u8>>,
 }
 
 impl<'a> Run<'a> {
@@ -93,6 +93,10 @@ impl<'a> Run<'a> {
                 "{frames} frames at once: at least 1, at most {FRAMES_MAX}"
             ));
         }
+        if plan.coalesce > COALESCE_MAX {
+            let many = plan.coalesce;
+            return wrong(format!("{many} reads in one frame: at most {COALESCE_MAX}"));
+        }
         if let Some(initial) = plan.verify {
             let fits = |m: &Model| {
                 m.first() <= plan.first && plan.first + sectors <= m.first() + m.count()
@@ -101,7 +105,7 @@ impl<'a> Run<'a> {
                 engine.model = Some(Model::new(plan.first, sectors, plan.seed, initial));
             }
             if let Some(model) = &mut engine.model {
-                model.deduplicated(plan.tags != Tags::Plain);
+                model.deduplicated(matches!(plan.tags, Tags::CountBe | Tags::CountLe));
             }
         } else if plan.op != Op::Read {
             // What is written unverified makes what was known untrue.
@@ -121,6 +125,7 @@ impl<'a> Run<'a> {
             count: 0,
             head,
             data: Vec::new(),
+            sum: None,
             first: now,
             last: now,
             generation: 0,
@@ -136,7 +141,6 @@ impl<'a> Run<'a> {
             Box::new(Faulty {
                 outgoing: Injector::new(plan.outgoing, mix(plan.seed) ^ 1),
                 incoming: Injector::new(plan.incoming, mix(plan.seed) ^ 2),
-                out: Vec::new(),
             })
         });
         Ok(Run {
@@ -194,7 +198,9 @@ impl<'a> Run<'a> {
                 until = Some(now + self.plan.last_answers);
             }
             begin &= until.is_none();
-            while begin && !self.free_operations.is_empty() && !self.is_ahead() {
+            let together = self.plan.batch.max(self.plan.coalesce);
+            let ready = self.free_operations.len() >= together.min(self.plan.depth);
+            while begin && ready && !self.free_operations.is_empty() && !self.is_ahead() {
                 self.begin(now);
                 begin &= self.plan.operations.is_none_or(|n| self.begun < n);
             }
@@ -309,6 +315,11 @@ impl<'a> Run<'a> {
                 Kind::Flush => {}
             }
         }
+        if kind == Kind::Write {
+            self.report.write_frames += 1;
+            let sum = || crc::of_reply(&flight.head, &flight.data);
+            flight.sum = self.plan.crc.then(sum);
+        }
         flight.first = now;
         self.to_send.push(index);
         self.by_tag[tag as usize % TAGS] = index as u32;
@@ -345,11 +356,14 @@ impl<'a> Run<'a> {
         for index in &to_send {
             self.flights[*index].last = now;
         }
-        if self.faulty.is_some() || self.plan.verify.is_some() {
-            self.send_counted(&to_send)?;
+        if self.faulty.is_some() || self.plan.coalesce > 1 {
+            self.send_copied(&to_send)?;
         } else {
+            for index in &to_send {
+                self.count_sent(*index, 1);
+            }
             for some in to_send.chunks(BATCH) {
-                let mut frames = [[&[][..]; 2]; BATCH];
+                let mut frames = [[&[][..]; PIECES]; BATCH];
                 for (frame, index) in frames.iter_mut().zip(some) {
                     *frame = pieces(&self.flights[*index]);
                 }
@@ -361,38 +375,44 @@ impl<'a> Run<'a> {
         Ok(())
     }
 
-    /// Sends while counting the copies of each write, with faults if there are
-    /// to be any.
-    fn send_counted(&mut self, to_send: &[usize]) -> Result<()> {
-        for index in to_send {
-            let flight = &self.flights[*index];
-            let copies = match &mut self.faulty {
-                Some(faulty) => faulty
-                    .outgoing
-                    .pass(pieces(flight).concat(), &mut faulty.out),
-                None => 1,
+    /// So many copies of a frame went out.
+    fn count_sent(&mut self, index: usize, copies: usize) {
+        let flight = &self.flights[index];
+        if flight.kind != Kind::Write {
+            return;
+        }
+        self.report.write_copies += copies as u64;
+        if let (Some(model), true) = (self.model.as_mut(), self.plan.verify.is_some()) {
+            model.sent(flight.generation, copies as u64);
+            self.writes_by_tag.insert(flight.tag, flight.generation);
+        }
+    }
+
+    /// Sends frames that are put together first: with faults, or several reads
+    /// in one.
+    fn send_copied(&mut self, to_send: &[usize]) -> Result<()> {
+        let mut out = Vec::new();
+        let mut rest = to_send;
+        while let Some(first) = rest.first() {
+            let is_read = |index: &&usize| self.flights[**index].kind == Kind::Read;
+            let reads = rest.iter().take_while(is_read);
+            let together = reads.take(self.plan.coalesce).count().max(1);
+            let (now, later) = rest.split_at(together);
+            let frame = match together {
+                1 => pieces(&self.flights[*first]).concat(),
+                _ => coalesced(now.iter().map(|index| &self.flights[*index])),
             };
-            if let (Kind::Write, Some(model)) = (flight.kind, self.model.as_mut()) {
-                model.sent(flight.generation, copies as u64);
-                self.writes_by_tag.insert(flight.tag, flight.generation);
-            }
-        }
-        match &mut self.faulty {
-            Some(faulty) => {
-                for frames in faulty.out.chunks(BATCH) {
-                    send_all(&self.client.port, frames)?;
+            let copies = match &mut self.faulty {
+                Some(faulty) => faulty.outgoing.pass(frame, &mut out),
+                None => {
+                    out.push(frame);
+                    1
                 }
-                faulty.out.clear();
-            }
-            None => {
-                for some in to_send.chunks(BATCH) {
-                    let frames: Vec<[&[u8]; 2]> =
-                        some.iter().map(|i| pieces(&self.flights[*i])).collect();
-                    self.client.port.send(&frames)?;
-                }
-            }
+            };
+            self.count_sent(*first, copies);
+            rest = later;
         }
-        Ok(())
+        send_all(&self.client.port, &out)
     }
 
     /// Sends again what has waited too long for its answer.
@@ -435,7 +455,9 @@ impl<'a> Run<'a> {
             }
             if self.faulty.is_none() && self.plan.verify.is_none() {
                 let reply = take(frame.bytes, self.plan.tags, &self.by_tag, &mut self.flights);
-                let outcome = reply.map(|index| (index, judge(frame.bytes, &self.flights[index])));
+                let crc = self.plan.crc;
+                let outcome =
+                    reply.map(|index| (index, judge(frame.bytes, &self.flights[index], crc)));
                 self.client.port.release();
                 match outcome {
                     Some((index, outcome)) => self.finish(index, outcome, now),
@@ -486,7 +508,7 @@ impl<'a> Run<'a> {
             return Ok(());
         };
         let flight = &mut self.flights[index];
-        let outcome = judge(bytes, flight);
+        let outcome = judge(bytes, flight, self.plan.crc);
         if let Some(model) = self.model.as_mut() {
             match (flight.kind, flight.ticket.take()) {
                 (Kind::Read, Some(ticket)) => {
@@ -542,13 +564,10 @@ impl<'a> Run<'a> {
         let Some(faulty) = &mut self.faulty else {
             return Ok(());
         };
-        faulty.outgoing.release(&mut faulty.out);
-        for frames in faulty.out.chunks(BATCH) {
-            send_all(&self.client.port, frames)?;
-        }
-        faulty.out.clear();
-        let mut arrived = Vec::new();
+        let (mut out, mut arrived) = (Vec::new(), Vec::new());
+        faulty.outgoing.release(&mut out);
         faulty.incoming.release(&mut arrived);
+        send_all(&self.client.port, &out)?;
         arrived.iter().try_for_each(|bytes| self.arrive(bytes, now))
     }
 
@@ -571,6 +590,6 @@ impl<'a> Run<'a> {
 }
 
 fn send_all(port: &Port, frames: &[Vec<u8>]) -> Result<()> {
-    let frames: Vec<[&[u8]; 2]> = frames.iter().map(|f| [&f[..], &[][..]]).collect();
+    let frames: Vec<[&[u8]; PIECES]> = frames.iter().map(|f| [&f[..], &[], &[]]).collect();
     port.send(&frames).map(drop)
 }

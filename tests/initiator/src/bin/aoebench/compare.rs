@@ -8,14 +8,14 @@ use std::time::{Duration, Instant};
 
 use clap::Args;
 use initiator::client::Client;
-use initiator::engine::{Block, Engine, Op, Order, Plan};
+use initiator::engine::{Block, Engine, Op, Order, Plan, Tags};
 use initiator::error::{Error, Result};
 use initiator::lab::{Deadline, Namespace, Need, Process, Spawn, Veth, missing, pin};
 use initiator::port::Receive;
 use nix::unistd::Pid;
 
 use crate::answer::EngineName;
-use crate::load::OpName;
+use crate::load::{OpName, coalesce};
 use crate::table::{Sample, Table};
 
 /// The target works here.
@@ -97,7 +97,9 @@ pub(crate) struct Arguments {
     /// Give each target all processors instead of one
     #[arg(long)]
     no_pin: bool,
-    /// OPERATION:BYTES:DEPTH, as many as wanted; without any, five usual ones
+    /// OPERATION:BYTES:DEPTH, as many as wanted; without any, five usual ones.
+    /// Extensions that aoede has may follow, as in randread:512:64:coalesce=16
+    /// or randwrite:4096:32:crc:tags; batch=16 begins so many at once
     #[arg(value_parser = case)]
     cases: Vec<Case>,
 }
@@ -109,16 +111,20 @@ struct Case {
     order: Order,
     block: Block,
     depth: usize,
+    tags: Tags,
+    crc: bool,
+    coalesce: usize,
+    batch: usize,
 }
 
 fn case(text: &str) -> std::result::Result<Case, String> {
     use clap::ValueEnum;
     let parts: Vec<&str> = text.split(':').collect();
-    let [op, block, depth] = parts[..] else {
+    let [op, block, depth, ref extensions @ ..] = parts[..] else {
         return Err(format!("'{text}' is no case: give it as randread:4096:32"));
     };
     let (op, order) = OpName::from_str(op, true)?.op();
-    Ok(Case {
+    let mut case = Case {
         name: text.to_owned(),
         op,
         order,
@@ -129,7 +135,24 @@ fn case(text: &str) -> std::result::Result<Case, String> {
         depth: depth
             .parse()
             .map_err(|_| format!("'{depth}' is no depth"))?,
-    })
+        tags: Tags::Plain,
+        crc: false,
+        coalesce: 1,
+        batch: 1,
+    };
+    for extension in extensions {
+        match extension.split_once('=').unwrap_or((extension, "")) {
+            ("crc", "") => case.crc = true,
+            ("tags", "") => case.tags = Tags::CountBe,
+            ("coalesce", number) => case.coalesce = coalesce(number)?,
+            ("batch", number) => case.batch = coalesce(number)?,
+            _ => {
+                let known = "crc, tags, coalesce=16, batch=16";
+                return Err(format!("'{extension}' is none of {known}"));
+            }
+        }
+    }
+    Ok(case)
 }
 
 /// A target that can be started.
@@ -300,6 +323,10 @@ fn one(
         depth: case.depth,
         duration: Some(LEAD),
         spin: a.spin,
+        tags: case.tags,
+        crc: case.crc,
+        coalesce: case.coalesce,
+        batch: case.batch,
         ..Plan::default()
     };
     engine.run_until(&lead, stopped)?;
@@ -352,13 +379,18 @@ mod tests {
         }
         let jumbo = case("mixed:jumbo:3").map(|c| (c.op, c.block, c.depth));
         assert_eq!(jumbo, Ok((Op::Mixed(50), Block::Jumbo, 3)));
+        let all = case("read:512:64:tags:coalesce=16:crc").map(|c| (c.tags, c.coalesce, c.crc));
+        assert_eq!(all, Ok((Tags::CountBe, 16, true)));
         for bad in [
             "",
             "read:1",
             "read:x:1",
             "read:512:x",
             "erase:512:1",
-            "read:1:1:1",
+            "read:512:1:sum",
+            "read:512:1:coalesce=0",
+            "read:512:1:coalesce=93",
+            "read:512:1:1",
         ] {
             assert!(case(bad).is_err(), "{bad}");
         }

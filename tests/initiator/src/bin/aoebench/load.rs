@@ -8,7 +8,7 @@ use initiator::client::Client;
 use initiator::engine::faults::Rates;
 use initiator::engine::model::{Initial, Model};
 use initiator::engine::rng::mix;
-use initiator::engine::{Block, Engine, Op, Order, Plan, Tags};
+use initiator::engine::{Block, COALESCE_MAX, Engine, Op, Order, Plan, Tags};
 use initiator::error::Result;
 use initiator::port::Receive;
 
@@ -67,9 +67,15 @@ pub(crate) struct Arguments {
     /// Seconds until a frame without answer ends the run
     #[arg(long, value_name = "SECONDS", default_value_t = 10)]
     give_up: u64,
-    /// Let the target recognise copies by counting tags
+    /// Let the target recognise copies by their tags
+    #[arg(long, value_enum, default_value_t)]
+    tags: TagsName,
+    /// Checksums of data (CRC8x4)
     #[arg(long)]
-    tag_inc: bool,
+    crc: bool,
+    /// So many reads in one frame
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = coalesce)]
+    coalesce: usize,
     /// A FLUSH in place of every so manieth operation
     #[arg(long, value_name = "N")]
     flush_every: Option<u64>,
@@ -107,6 +113,39 @@ impl OpName {
             OpName::Mixed => (Op::Mixed(50), Order::Random),
         }
     }
+}
+
+/// What tags are to the target.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub(crate) enum TagsName {
+    /// Nothing
+    #[default]
+    Plain,
+    /// Big endian numbers that count up
+    IncBe,
+    /// Little endian ones
+    IncLe,
+    /// Unique
+    Random,
+}
+
+impl From<TagsName> for Tags {
+    fn from(name: TagsName) -> Tags {
+        match name {
+            TagsName::Plain => Tags::Plain,
+            TagsName::IncBe => Tags::CountBe,
+            TagsName::IncLe => Tags::CountLe,
+            TagsName::Random => Tags::Unique,
+        }
+    }
+}
+
+/// Reads in one frame.
+pub(crate) fn coalesce(text: &str) -> std::result::Result<usize, String> {
+    text.parse()
+        .ok()
+        .filter(|n| (1..=COALESCE_MAX).contains(n))
+        .ok_or_else(|| format!("'{text}': give a number of reads, 1 to {COALESCE_MAX}"))
 }
 
 fn block(text: &str) -> std::result::Result<Block, String> {
@@ -155,11 +194,10 @@ pub(crate) fn run(arguments: &Arguments, stop: &AtomicBool) -> Result<()> {
         new_tag: a.new_tag,
         give_up: Duration::from_secs(a.give_up),
         last_answers: Plan::default().last_answers,
-        tags: if a.tag_inc {
-            Tags::CountBe
-        } else {
-            Tags::Plain
-        },
+        tags: a.tags.into(),
+        crc: a.crc,
+        coalesce: a.coalesce,
+        batch: Plan::default().batch,
         flush_every: a.flush_every,
         spin: a.spin,
     };

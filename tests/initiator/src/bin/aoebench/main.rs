@@ -2,6 +2,7 @@
 
 mod answer;
 mod compare;
+mod inner;
 mod load;
 mod table;
 
@@ -28,6 +29,8 @@ enum Command {
     Answer(answer::Arguments),
     /// Compares aoede, vblade and bare memory on one image
     Compare(compare::Arguments),
+    /// Measures checksums and the tag window, without a network
+    Inner(inner::Arguments),
 }
 
 fn main() -> ExitCode {
@@ -36,6 +39,10 @@ fn main() -> ExitCode {
         Command::Run(arguments) => load::run(&arguments, &stop),
         Command::Answer(arguments) => answer::run(&arguments, &stop),
         Command::Compare(arguments) => compare::run(&arguments, &stop),
+        Command::Inner(arguments) => {
+            inner::run(&arguments);
+            Ok(())
+        }
     });
     match result {
         Ok(()) => ExitCode::SUCCESS,
