@@ -5,7 +5,6 @@ use super::*;
 use crate::store::arena::OldArena;
 use crate::store::disk::{Origin, Part, Step};
 use crate::store::shadow::replay;
-use crate::store::volume::freeze::Stage;
 use shadow::{Geometry, Identity, Kind, MemoryFile, Shadow, Spec, State, header_page};
 
 /// Which name the shadow has.
@@ -145,6 +144,8 @@ impl Backing for Pair {
 /// What a freeze must leave in the image.
 #[derive(Clone, Debug)]
 pub struct Still {
+    /// Of which freeze.
+    generation: u64,
     /// Of each sector the part of its history that may be there: what was
     /// acknowledged before the cut is, what was asked for after it is not.
     from: Vec<usize>,
@@ -157,17 +158,17 @@ impl World {
     /// Holds the image against what a freeze promises; `acked` is what was
     /// acknowledged before the last step.
     pub fn watch_freeze(&mut self, acked: Vec<usize>) {
-        match self.volume.freezing.stage {
-            Stage::Freezing { .. } if self.still.is_none() => {
-                let to = self.model.history.iter().map(Vec::len).collect();
-                self.still = Some(Still {
-                    from: acked,
-                    to,
-                    bytes: None,
-                });
-            }
-            Stage::Running => self.still = None,
-            _ => {}
+        let generation = self.volume.cache.generation();
+        let known = self.still.as_ref().map_or(0, |still| still.generation);
+        if generation != known {
+            // The cut was in this step.
+            let to = self.model.history.iter().map(Vec::len).collect();
+            self.still = Some(Still {
+                generation,
+                from: acked,
+                to,
+                bytes: None,
+            });
         }
         let held = self.pair.held.lock().unwrap();
         if held.name != Name::Plain || held.state == State::Thawing {
