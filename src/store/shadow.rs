@@ -208,14 +208,15 @@ impl FoundShadow {
         bytes: &[u8],
     ) -> io::Result<()> {
         let cut = self.name == Found::Cut;
-        replay(
-            &mut self.shadow,
-            cut,
-            &Unaligned(image),
-            generation,
-            at,
-            bytes,
-        )
+        let image = Unaligned(image);
+        match replay(&mut self.shadow, cut, &image, generation, at, bytes) {
+            Err(e) if e.kind() == io::ErrorKind::StorageFull => {
+                // For this, room was taken; the volume takes it again.
+                give_back(self.shadow.file(), self.shadow.spec())?;
+                replay(&mut self.shadow, cut, &image, generation, at, bytes)
+            }
+            done => done,
+        }
     }
 
     /// Brings what was replayed to stable storage; the image is synced already.
@@ -465,9 +466,7 @@ impl ShadowStore {
         let (file, spec, state, sequence, _) = paths::create(&self.paths, spec)
             .map_err(io::Error::other)?
             .into_parts();
-        let end = spec.geometry.data_end() as i64;
-        let made = fallocate(file.as_fd(), FallocateFlags::empty(), end, reserve as i64)
-            .map_err(io::Error::from)
+        let made = take(&file, &spec, reserve)
             .and_then(|()| file.sync())
             .and_then(|()| self.record.write());
         if let Err(e) = made {
@@ -513,7 +512,7 @@ impl ShadowStore {
         if cut && held.name == Found::Plain {
             self.rename(held, Found::Cut)?;
         }
-        self.give_back(held)?;
+        give_back(self.file()?.as_ref(), &held.spec)?;
         if held.state != State::Thawing {
             let file = self.file()?;
             let page = header_page(&held.spec, State::Thawing, held.sequence + 1);
@@ -525,11 +524,14 @@ impl ShadowStore {
         Ok(())
     }
 
-    /// Gives the room back that was taken at once.
-    fn give_back(&self, held: &Held) -> io::Result<()> {
+    /// Has so much room taken at once as is wanted now.
+    fn reserve(&self, held: &Held, bytes: u64) -> io::Result<()> {
         let file = self.file()?;
-        let end = held.spec.geometry.data_end() as i64;
-        Ok(nix::unistd::ftruncate(file.as_fd(), end)?)
+        let wanted = held.spec.geometry.data_end() + bytes;
+        if file.metadata()?.len() > wanted {
+            give_back(&file, &held.spec)?;
+        }
+        take(&file, &held.spec, bytes)
     }
 
     fn vanish(&self, slot: &mut Option<Held>) -> io::Result<()> {
@@ -545,6 +547,19 @@ impl ShadowStore {
         *slot = None;
         Ok(())
     }
+}
+
+/// Takes room at once, behind all that a shadow has a place for.
+fn take(file: &ShadowFile, spec: &Spec, bytes: u64) -> io::Result<()> {
+    let end = spec.geometry.data_end() as i64;
+    let taken = fallocate(file.as_fd(), FallocateFlags::empty(), end, bytes as i64);
+    Ok(taken?)
+}
+
+/// Gives that room back.
+fn give_back(file: &ShadowFile, spec: &Spec) -> io::Result<()> {
+    let end = spec.geometry.data_end() as i64;
+    Ok(nix::unistd::ftruncate(file.as_fd(), end)?)
 }
 
 /// Whether a shadow could be made there: tried with a file of no name.
@@ -638,7 +653,8 @@ impl Backing for ShadowStore {
         match step {
             Step::Appear => self.rename(held, Found::Plain),
             Step::Seal { cut } => self.seal(held, *cut),
-            Step::Release => self.give_back(held),
+            Step::Reserve(bytes) => self.reserve(held, *bytes),
+            Step::Release => give_back(self.file()?.as_ref(), &held.spec),
             Step::Create { .. } | Step::Vanish => Ok(()),
         }
     }

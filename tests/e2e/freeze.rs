@@ -2,7 +2,7 @@
 //! the image stays as it was, and nothing acknowledged is lost whatever dies.
 
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use initiator::client::Client;
@@ -13,6 +13,7 @@ use crate::rig::QUICK;
 use crate::support::{Store, Wire, command, files, serve, stop};
 use crate::workshop::soon;
 
+mod full;
 mod orders;
 mod sweeps;
 
@@ -22,6 +23,8 @@ const SECTORS: u64 = 4096;
 struct Bed {
     wire: Wire,
     store: Store,
+    /// Where the shadow goes, if not beside the image.
+    place: Option<PathBuf>,
 }
 
 impl Bed {
@@ -33,16 +36,21 @@ impl Bed {
         Bed {
             wire: Wire::new(mtu),
             store: Store::new(sectors),
+            place: None,
         }
     }
 
+    fn place(&self) -> &Path {
+        self.place.as_deref().unwrap_or(self.store.path())
+    }
+
     fn shadow(&self) -> PathBuf {
-        self.store.path().join("shadow.img")
+        self.place().join("shadow.img")
     }
 
     /// The shadow under all of its names that are there.
     fn shadows(&self) -> Vec<PathBuf> {
-        let all = files(self.store.path(), "");
+        let all = files(self.place(), "");
         let is = |path: &PathBuf| {
             let name = path.file_name().unwrap().to_string_lossy().into_owned();
             name.starts_with("shadow.img")
@@ -59,6 +67,12 @@ impl Bed {
     fn start(&self, extra: &[&str]) -> Process {
         let options = self.options(extra);
         let options: Vec<&str> = options.iter().map(String::as_str).collect();
+        serve(&self.wire.host, &self.store, &["tgt0"], &options)
+    }
+
+    /// One that is told itself what to do with a shadow.
+    fn start_with(&self, extra: &[&str]) -> Process {
+        let options = [&QUICK[..], extra].concat();
         serve(&self.wire.host, &self.store, &["tgt0"], &options)
     }
 
