@@ -5,9 +5,11 @@
 //! taken away when all is in the image: a start that does not find what a
 //! record speaks of must not serve an image that is out of date.
 
+mod record;
+
 use std::fmt;
 use std::fs;
-use std::io::{self, Write};
+use std::io;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -15,10 +17,8 @@ use std::sync::Arc;
 use nix::fcntl::{FallocateFlags, fallocate};
 use parking_lot::{Mutex, RwLock};
 use shadow::{
-    BlockFile, Found, Identity, PathError, Paths, Shadow, ShadowFile, Spec, State, header_page,
-    paths,
+    BlockFile, Found, PathError, Paths, Shadow, ShadowFile, Spec, State, header_page, paths,
 };
-use toml::{Table, Value};
 
 use super::disk::{Backing, Origin, Part, Step};
 use super::image::Image;
@@ -26,8 +26,7 @@ use super::volume::LeftShadow;
 use crate::sys::buffer::Body;
 use crate::sys::file::read_now;
 
-/// What the record's name ends with.
-const RECORD: &str = ".shadow.toml";
+use record::Record;
 
 /// Why a start is refused for its shadow.
 #[derive(Debug)]
@@ -41,6 +40,9 @@ pub enum ShadowError {
     Twice(PathBuf, PathBuf),
     /// A record names a shadow that was not given, or another one.
     NotGiven(PathBuf),
+    /// A record names one of another window, which shares sectors with ours;
+    /// the first of them and how many.
+    OtherWindow(PathBuf, u64, u64),
     /// A record names a shadow that is not there.
     Gone(PathBuf),
     /// It is there, and the image is read-only.
@@ -71,6 +73,12 @@ impl fmt::Display for ShadowError {
                 "the image is frozen, and what was written since is in {}; start with -f {}, or \
                  --discard-shadow gives those writes up",
                 path.display(),
+                path.display()
+            ),
+            ShadowError::OtherWindow(path, first, sectors) => write!(
+                f,
+                "shadow {} holds writes to sectors of this export, since another window of the \
+                 image is frozen; start with -o {first} -l {sectors} and thaw it first",
                 path.display()
             ),
             ShadowError::Gone(path) => write!(
@@ -111,79 +119,6 @@ pub struct ShadowOptions {
     pub state_dir: PathBuf,
     /// Gives up what a shadow holds.
     pub discard: bool,
-}
-
-/// The record of where an image's shadow is.
-#[derive(Clone, Debug)]
-struct Record {
-    path: PathBuf,
-    shadow: PathBuf,
-    identity: Identity,
-    start: u64,
-}
-
-impl Record {
-    fn of(state_dir: &Path, shadow: &Path, identity: Identity, start: u64) -> Record {
-        let crc = crc::Crc::<u64>::new(&crc::CRC_64_XZ);
-        let mut digest = crc.digest();
-        for number in [identity.a, identity.b, start] {
-            digest.update(&number.to_le_bytes());
-        }
-        Record {
-            path: state_dir.join(format!("{:016x}{RECORD}", digest.finalize())),
-            shadow: shadow.to_owned(),
-            identity,
-            start,
-        }
-    }
-
-    fn write(&self) -> io::Result<()> {
-        let mut table = Table::new();
-        table.insert("version".into(), Value::Integer(1));
-        let shadow = self
-            .shadow
-            .to_str()
-            .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidInput, "its path is not UTF-8"))?;
-        table.insert("shadow".into(), Value::String(shadow.to_owned()));
-        for (key, number) in [
-            ("identity_a", self.identity.a),
-            ("identity_b", self.identity.b),
-            ("start", self.start),
-        ] {
-            table.insert(key.into(), Value::String(format!("{number:016x}")));
-        }
-        let directory = self.path.parent().unwrap_or(Path::new("."));
-        fs::create_dir_all(directory)?;
-        let mut file = tempfile::NamedTempFile::new_in(directory)?;
-        file.write_all(table.to_string().as_bytes())?;
-        file.as_file().sync_all()?;
-        file.persist(&self.path)?;
-        paths::sync_directory(&self.path)
-    }
-
-    fn remove(&self) -> io::Result<()> {
-        match fs::remove_file(&self.path) {
-            Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
-            _ => {}
-        }
-        paths::sync_directory(&self.path)
-    }
-
-    /// The shadow that a record speaks of, if there is a record.
-    fn read(&self) -> Result<Option<PathBuf>, ShadowError> {
-        let bad = |what: String| ShadowError::Record(self.path.clone(), what);
-        let text = match fs::read_to_string(&self.path) {
-            Ok(text) => text,
-            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
-            Err(e) => return Err(bad(e.to_string())),
-        };
-        let table = text.parse::<Table>().ok();
-        let path = table.as_ref().and_then(|t| t.get("shadow")?.as_str());
-        let path = path.map(PathBuf::from);
-        path.map(Some).ok_or_else(|| {
-            bad("it cannot be read; mend it, or --discard-shadow gives the shadow up".into())
-        })
-    }
 }
 
 /// A shadow that was found at a start.
@@ -306,8 +241,9 @@ pub fn find_shadow(
             format!("asking what image it is: {e}"),
         )
     })?;
-    let start = image.id().start;
-    let record = Record::of(&options.state_dir, Path::new(""), identity, start);
+    let window = (image.id().start, image.id().len);
+    let record = Record::of(&options.state_dir, Path::new(""), identity, window);
+    record.none_beside()?;
     let recorded = match record.read() {
         Err(_) if options.discard => None,
         recorded => recorded?,
@@ -408,7 +344,8 @@ impl ShadowStore {
         let identity = image
             .shadow_identity()
             .map_err(fail("asking what image it is of"))?;
-        let record = Record::of(&options.state_dir, path, identity, image.id().start);
+        let window = (image.id().start, image.id().len);
+        let record = Record::of(&options.state_dir, path, identity, window);
         let paths = Paths::of(path);
         let Some(mut found) = found else {
             let store = ShadowStore {
@@ -421,7 +358,7 @@ impl ShadowStore {
             return Ok((store, None));
         };
         // A shadow that was moved here has no record yet.
-        record.write().map_err(fail("recording it"))?;
+        record.write(image.id().len).map_err(fail("recording it"))?;
         if found.name == Found::Cut {
             seal(&mut found.shadow).map_err(fail("marking it"))?;
         }
@@ -468,7 +405,7 @@ impl ShadowStore {
             .into_parts();
         let made = take(&file, &spec, reserve)
             .and_then(|()| file.sync())
-            .and_then(|()| self.record.write());
+            .and_then(|()| self.record.write(spec.geometry.len()));
         if let Err(e) = made {
             // The first error is the one to tell.
             let _ = self.record.remove();

@@ -15,6 +15,7 @@ use crate::workshop::soon;
 
 mod full;
 mod orders;
+mod starts;
 mod sweeps;
 
 const SECTORS: u64 = 4096;
