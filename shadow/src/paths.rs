@@ -8,14 +8,15 @@ use std::ffi::{OsStr, OsString};
 use std::fmt;
 use std::fs::{self, File, Metadata, OpenOptions};
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
-use nix::fcntl::{AT_FDCWD, FcntlArg, RenameFlags, fcntl, renameat2};
+use nix::fcntl::{AT_FDCWD, AtFlags, FcntlArg, RenameFlags, fcntl, renameat2};
 use nix::libc;
+use nix::unistd::linkat;
 
 use crate::file::BlockFile;
 use crate::format::Spec;
@@ -284,23 +285,67 @@ fn at(path: &Path) -> impl Fn(Trouble) -> PathError + '_ {
 /// Makes `PATH.new`: locked, of its full length and all holes, with its header
 /// and its name on stable storage. What has that name already is left alone.
 ///
-/// What was made is taken away again if a step fails.
+/// What was made is taken away again if a step fails. The name is given last
+/// where the filesystem can: who dies before leaves nothing, rather than a file
+/// that the next start does not know.
 pub fn create(paths: &Paths, spec: &Spec) -> Result<Shadow<ShadowFile>, PathError> {
     let path = paths.new.as_path();
-    let mut how = OpenOptions::new();
-    how.read(true).write(true).create_new(true).mode(0o600);
-    let file = how.open(path).map_err(|e| match e.kind() {
-        io::ErrorKind::AlreadyExists => at(path)(Trouble::Exists),
-        _ => at(path)(Trouble::System("making it", e)),
-    })?;
-    fill(file, path, spec).map_err(|why| {
+    let shadow = match unnamed(path) {
+        Some(file) => Some(fill(file, spec).map_err(at(path))?),
+        None => None,
+    };
+    let shadow = match shadow.map(|shadow| (name(&shadow, path), shadow)) {
+        Some((Ok(()), shadow)) => shadow,
+        Some((Err(e), _)) if e.kind() == io::ErrorKind::AlreadyExists => {
+            return Err(at(path)(Trouble::Exists));
+        }
+        // It cannot be named later: then at once.
+        Some((Err(_), _)) | None => named(path, spec).map_err(at(path))?,
+    };
+    sync_directory(path).map_err(|e| {
         // The first error is the one to tell.
         let _ = fs::remove_file(path);
-        at(path)(why)
+        at(path)(Trouble::System("syncing its directory", e))
+    })?;
+    Ok(shadow)
+}
+
+fn for_making() -> OpenOptions {
+    let mut how = OpenOptions::new();
+    how.read(true).write(true).mode(0o600);
+    how
+}
+
+/// A file without a name in the directory of `path`, where there can be one.
+fn unnamed(path: &Path) -> Option<File> {
+    let parent = path.parent().filter(|p| !p.as_os_str().is_empty());
+    let mut how = for_making();
+    how.custom_flags(libc::O_TMPFILE);
+    how.open(parent.unwrap_or(Path::new("."))).ok()
+}
+
+/// Gives such a file its name.
+fn name(shadow: &Shadow<ShadowFile>, path: &Path) -> io::Result<()> {
+    let number = shadow.file().as_file().as_raw_fd();
+    let open = format!("/proc/self/fd/{number}");
+    let follow = AtFlags::AT_SYMLINK_FOLLOW;
+    Ok(linkat(AT_FDCWD, open.as_str(), AT_FDCWD, path, follow)?)
+}
+
+/// A shadow under its name from the beginning.
+fn named(path: &Path, spec: &Spec) -> Result<Shadow<ShadowFile>, Trouble> {
+    let file = for_making().create_new(true).open(path);
+    let file = file.map_err(|e| match e.kind() {
+        io::ErrorKind::AlreadyExists => Trouble::Exists,
+        _ => Trouble::System("making it", e),
+    })?;
+    fill(file, spec).inspect_err(|_| {
+        // The first error is the one to tell.
+        let _ = fs::remove_file(path);
     })
 }
 
-fn fill(file: File, path: &Path, spec: &Spec) -> Result<Shadow<ShadowFile>, Trouble> {
+fn fill(file: File, spec: &Spec) -> Result<Shadow<ShadowFile>, Trouble> {
     let step = |what| move |e| Trouble::System(what, e);
     let ShadowFile(file) = ShadowFile::lock(file, Access::Change)?;
     // A small file first: a filesystem without holes would fill the large one.
@@ -314,11 +359,7 @@ fn fill(file: File, path: &Path, spec: &Spec) -> Result<Shadow<ShadowFile>, Trou
         Some(libc::EFBIG | libc::EINVAL) => Trouble::TooLarge(len),
         _ => Trouble::System("giving it a length", e),
     })?;
-    let shadow = Shadow::create(ShadowFile(file), spec).map_err(step("writing its header"))?;
-    // The name last: a crash before leaves no file, or one without a header,
-    // and nobody has been told of it.
-    sync_directory(path).map_err(step("syncing its directory"))?;
-    Ok(shadow)
+    Shadow::create(ShadowFile(file), spec).map_err(step("writing its header"))
 }
 
 /// Opens a shadow to change it, and locks it. Nothing is written, whatever it

@@ -178,6 +178,8 @@ pub enum Step {
         /// Whether nobody has ordered it.
         cut: bool,
     },
+    /// Takes so many bytes of the disk at once, no more and no less.
+    Reserve(u64),
     /// Gives back what was taken at once.
     Release,
     /// Takes the shadow away, and the record of it.

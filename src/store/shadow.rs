@@ -5,9 +5,11 @@
 //! taken away when all is in the image: a start that does not find what a
 //! record speaks of must not serve an image that is out of date.
 
+mod record;
+
 use std::fmt;
 use std::fs;
-use std::io::{self, Write};
+use std::io;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -15,10 +17,8 @@ use std::sync::Arc;
 use nix::fcntl::{FallocateFlags, fallocate};
 use parking_lot::{Mutex, RwLock};
 use shadow::{
-    BlockFile, Found, Identity, PathError, Paths, Shadow, ShadowFile, Spec, State, header_page,
-    paths,
+    BlockFile, Found, PathError, Paths, Shadow, ShadowFile, Spec, State, header_page, paths,
 };
-use toml::{Table, Value};
 
 use super::disk::{Backing, Origin, Part, Step};
 use super::image::Image;
@@ -26,8 +26,7 @@ use super::volume::LeftShadow;
 use crate::sys::buffer::Body;
 use crate::sys::file::read_now;
 
-/// What the record's name ends with.
-const RECORD: &str = ".shadow.toml";
+use record::Record;
 
 /// Why a start is refused for its shadow.
 #[derive(Debug)]
@@ -41,6 +40,9 @@ pub enum ShadowError {
     Twice(PathBuf, PathBuf),
     /// A record names a shadow that was not given, or another one.
     NotGiven(PathBuf),
+    /// A record names one of another window, which shares sectors with ours;
+    /// the first of them and how many.
+    OtherWindow(PathBuf, u64, u64),
     /// A record names a shadow that is not there.
     Gone(PathBuf),
     /// It is there, and the image is read-only.
@@ -71,6 +73,12 @@ impl fmt::Display for ShadowError {
                 "the image is frozen, and what was written since is in {}; start with -f {}, or \
                  --discard-shadow gives those writes up",
                 path.display(),
+                path.display()
+            ),
+            ShadowError::OtherWindow(path, first, sectors) => write!(
+                f,
+                "shadow {} holds writes to sectors of this export, since another window of the \
+                 image is frozen; start with -o {first} -l {sectors} and thaw it first",
                 path.display()
             ),
             ShadowError::Gone(path) => write!(
@@ -113,79 +121,6 @@ pub struct ShadowOptions {
     pub discard: bool,
 }
 
-/// The record of where an image's shadow is.
-#[derive(Clone, Debug)]
-struct Record {
-    path: PathBuf,
-    shadow: PathBuf,
-    identity: Identity,
-    start: u64,
-}
-
-impl Record {
-    fn of(state_dir: &Path, shadow: &Path, identity: Identity, start: u64) -> Record {
-        let crc = crc::Crc::<u64>::new(&crc::CRC_64_XZ);
-        let mut digest = crc.digest();
-        for number in [identity.a, identity.b, start] {
-            digest.update(&number.to_le_bytes());
-        }
-        Record {
-            path: state_dir.join(format!("{:016x}{RECORD}", digest.finalize())),
-            shadow: shadow.to_owned(),
-            identity,
-            start,
-        }
-    }
-
-    fn write(&self) -> io::Result<()> {
-        let mut table = Table::new();
-        table.insert("version".into(), Value::Integer(1));
-        let shadow = self
-            .shadow
-            .to_str()
-            .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidInput, "its path is not UTF-8"))?;
-        table.insert("shadow".into(), Value::String(shadow.to_owned()));
-        for (key, number) in [
-            ("identity_a", self.identity.a),
-            ("identity_b", self.identity.b),
-            ("start", self.start),
-        ] {
-            table.insert(key.into(), Value::String(format!("{number:016x}")));
-        }
-        let directory = self.path.parent().unwrap_or(Path::new("."));
-        fs::create_dir_all(directory)?;
-        let mut file = tempfile::NamedTempFile::new_in(directory)?;
-        file.write_all(table.to_string().as_bytes())?;
-        file.as_file().sync_all()?;
-        file.persist(&self.path)?;
-        paths::sync_directory(&self.path)
-    }
-
-    fn remove(&self) -> io::Result<()> {
-        match fs::remove_file(&self.path) {
-            Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
-            _ => {}
-        }
-        paths::sync_directory(&self.path)
-    }
-
-    /// The shadow that a record speaks of, if there is a record.
-    fn read(&self) -> Result<Option<PathBuf>, ShadowError> {
-        let bad = |what: String| ShadowError::Record(self.path.clone(), what);
-        let text = match fs::read_to_string(&self.path) {
-            Ok(text) => text,
-            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
-            Err(e) => return Err(bad(e.to_string())),
-        };
-        let table = text.parse::<Table>().ok();
-        let path = table.as_ref().and_then(|t| t.get("shadow")?.as_str());
-        let path = path.map(PathBuf::from);
-        path.map(Some).ok_or_else(|| {
-            bad("it cannot be read; mend it, or --discard-shadow gives the shadow up".into())
-        })
-    }
-}
-
 /// A shadow that was found at a start.
 pub struct FoundShadow {
     shadow: Shadow<ShadowFile>,
@@ -208,14 +143,15 @@ impl FoundShadow {
         bytes: &[u8],
     ) -> io::Result<()> {
         let cut = self.name == Found::Cut;
-        replay(
-            &mut self.shadow,
-            cut,
-            &Unaligned(image),
-            generation,
-            at,
-            bytes,
-        )
+        let image = Unaligned(image);
+        match replay(&mut self.shadow, cut, &image, generation, at, bytes) {
+            Err(e) if e.kind() == io::ErrorKind::StorageFull => {
+                // For this, room was taken; the volume takes it again.
+                give_back(self.shadow.file(), self.shadow.spec())?;
+                replay(&mut self.shadow, cut, &image, generation, at, bytes)
+            }
+            done => done,
+        }
     }
 
     /// Brings what was replayed to stable storage; the image is synced already.
@@ -305,8 +241,9 @@ pub fn find_shadow(
             format!("asking what image it is: {e}"),
         )
     })?;
-    let start = image.id().start;
-    let record = Record::of(&options.state_dir, Path::new(""), identity, start);
+    let window = (image.id().start, image.id().len);
+    let record = Record::of(&options.state_dir, Path::new(""), identity, window);
+    record.none_beside()?;
     let recorded = match record.read() {
         Err(_) if options.discard => None,
         recorded => recorded?,
@@ -407,7 +344,8 @@ impl ShadowStore {
         let identity = image
             .shadow_identity()
             .map_err(fail("asking what image it is of"))?;
-        let record = Record::of(&options.state_dir, path, identity, image.id().start);
+        let window = (image.id().start, image.id().len);
+        let record = Record::of(&options.state_dir, path, identity, window);
         let paths = Paths::of(path);
         let Some(mut found) = found else {
             let store = ShadowStore {
@@ -420,7 +358,7 @@ impl ShadowStore {
             return Ok((store, None));
         };
         // A shadow that was moved here has no record yet.
-        record.write().map_err(fail("recording it"))?;
+        record.write(image.id().len).map_err(fail("recording it"))?;
         if found.name == Found::Cut {
             seal(&mut found.shadow).map_err(fail("marking it"))?;
         }
@@ -465,11 +403,9 @@ impl ShadowStore {
         let (file, spec, state, sequence, _) = paths::create(&self.paths, spec)
             .map_err(io::Error::other)?
             .into_parts();
-        let end = spec.geometry.data_end() as i64;
-        let made = fallocate(file.as_fd(), FallocateFlags::empty(), end, reserve as i64)
-            .map_err(io::Error::from)
+        let made = take(&file, &spec, reserve)
             .and_then(|()| file.sync())
-            .and_then(|()| self.record.write());
+            .and_then(|()| self.record.write(spec.geometry.len()));
         if let Err(e) = made {
             // The first error is the one to tell.
             let _ = self.record.remove();
@@ -513,7 +449,7 @@ impl ShadowStore {
         if cut && held.name == Found::Plain {
             self.rename(held, Found::Cut)?;
         }
-        self.give_back(held)?;
+        give_back(self.file()?.as_ref(), &held.spec)?;
         if held.state != State::Thawing {
             let file = self.file()?;
             let page = header_page(&held.spec, State::Thawing, held.sequence + 1);
@@ -525,11 +461,14 @@ impl ShadowStore {
         Ok(())
     }
 
-    /// Gives the room back that was taken at once.
-    fn give_back(&self, held: &Held) -> io::Result<()> {
+    /// Has so much room taken at once as is wanted now.
+    fn reserve(&self, held: &Held, bytes: u64) -> io::Result<()> {
         let file = self.file()?;
-        let end = held.spec.geometry.data_end() as i64;
-        Ok(nix::unistd::ftruncate(file.as_fd(), end)?)
+        let wanted = held.spec.geometry.data_end() + bytes;
+        if file.metadata()?.len() > wanted {
+            give_back(&file, &held.spec)?;
+        }
+        take(&file, &held.spec, bytes)
     }
 
     fn vanish(&self, slot: &mut Option<Held>) -> io::Result<()> {
@@ -545,6 +484,19 @@ impl ShadowStore {
         *slot = None;
         Ok(())
     }
+}
+
+/// Takes room at once, behind all that a shadow has a place for.
+fn take(file: &ShadowFile, spec: &Spec, bytes: u64) -> io::Result<()> {
+    let end = spec.geometry.data_end() as i64;
+    let taken = fallocate(file.as_fd(), FallocateFlags::empty(), end, bytes as i64);
+    Ok(taken?)
+}
+
+/// Gives that room back.
+fn give_back(file: &ShadowFile, spec: &Spec) -> io::Result<()> {
+    let end = spec.geometry.data_end() as i64;
+    Ok(nix::unistd::ftruncate(file.as_fd(), end)?)
 }
 
 /// Whether a shadow could be made there: tried with a file of no name.
@@ -638,7 +590,8 @@ impl Backing for ShadowStore {
         match step {
             Step::Appear => self.rename(held, Found::Plain),
             Step::Seal { cut } => self.seal(held, *cut),
-            Step::Release => self.give_back(held),
+            Step::Reserve(bytes) => self.reserve(held, *bytes),
+            Step::Release => give_back(self.file()?.as_ref(), &held.spec),
             Step::Create { .. } | Step::Vanish => Ok(()),
         }
     }

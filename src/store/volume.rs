@@ -335,7 +335,7 @@ impl Volume {
     pub fn is_idle(&self) -> bool {
         let dirty = self.draining && self.cache.has_unsynced();
         self.free.len() == PARKED_MAX
-            && self.parked.is_empty()
+            && (self.parked.is_empty() || self.leaves_parked())
             && self.held_reads.is_empty()
             && self.until_written.is_empty()
             && self.until_synced.is_empty()
@@ -392,6 +392,11 @@ impl Volume {
         }
         self.advance_freeze(now);
         self.start_parked(now);
+        if self.is_thaw_due() {
+            // What had waited has filled the shadow.
+            self.advance_freeze(now);
+            self.start_parked(now);
+        }
         self.start_writing(now);
         // First those whose sync has ended: the next one is for whom it came
         // too early.

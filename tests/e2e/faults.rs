@@ -546,10 +546,10 @@ fn a_burst_larger_than_the_cache_is_taken_all_the_same() {
 }
 
 /// A tmpfs of its own; goes with this.
-struct Memory(TempDir);
+pub struct Memory(TempDir);
 
 impl Memory {
-    fn new(size: &str) -> Memory {
+    pub fn new(size: &str) -> Memory {
         let dir = tempfile::tempdir().unwrap();
         let status = std::process::Command::new("mount")
             .args(["-t", "tmpfs", "-o", &format!("size={size}"), "aoede-test"])
@@ -558,6 +558,11 @@ impl Memory {
             .unwrap();
         assert!(status.success());
         Memory(dir)
+    }
+
+    /// Where it is mounted.
+    pub fn path(&self) -> &Path {
+        self.0.path()
     }
 }
 

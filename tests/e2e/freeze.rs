@@ -2,7 +2,7 @@
 //! the image stays as it was, and nothing acknowledged is lost whatever dies.
 
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use initiator::client::Client;
@@ -13,29 +13,45 @@ use crate::rig::QUICK;
 use crate::support::{Store, Wire, command, files, serve, stop};
 use crate::workshop::soon;
 
+mod full;
+mod orders;
+mod starts;
+mod sweeps;
+
 const SECTORS: u64 = 4096;
 
 /// A wire, an image, a place for a shadow.
 struct Bed {
     wire: Wire,
     store: Store,
+    /// Where the shadow goes, if not beside the image.
+    place: Option<PathBuf>,
 }
 
 impl Bed {
     fn new() -> Bed {
+        Bed::with(1500, SECTORS)
+    }
+
+    fn with(mtu: u32, sectors: u64) -> Bed {
         Bed {
-            wire: Wire::new(1500),
-            store: Store::new(SECTORS),
+            wire: Wire::new(mtu),
+            store: Store::new(sectors),
+            place: None,
         }
     }
 
+    fn place(&self) -> &Path {
+        self.place.as_deref().unwrap_or(self.store.path())
+    }
+
     fn shadow(&self) -> PathBuf {
-        self.store.path().join("shadow.img")
+        self.place().join("shadow.img")
     }
 
     /// The shadow under all of its names that are there.
     fn shadows(&self) -> Vec<PathBuf> {
-        let all = files(self.store.path(), "");
+        let all = files(self.place(), "");
         let is = |path: &PathBuf| {
             let name = path.file_name().unwrap().to_string_lossy().into_owned();
             name.starts_with("shadow.img")
@@ -55,6 +71,12 @@ impl Bed {
         serve(&self.wire.host, &self.store, &["tgt0"], &options)
     }
 
+    /// One that is told itself what to do with a shadow.
+    fn start_with(&self, extra: &[&str]) -> Process {
+        let options = [&QUICK[..], extra].concat();
+        serve(&self.wire.host, &self.store, &["tgt0"], &options)
+    }
+
     fn client(&self) -> Client {
         self.wire.client()
     }
@@ -66,6 +88,20 @@ impl Bed {
     /// The sectors as a host reads them.
     fn seen(&self) -> Vec<u8> {
         self.client().read_many(0, SECTORS as usize).unwrap()
+    }
+
+    /// Starts a target that must refuse with status 1; what it said.
+    #[track_caller]
+    fn refused(&self, options: &[&str]) -> String {
+        let options = [&QUICK[..], options].concat();
+        let mut process = command(&self.wire.host, &self.store, &["tgt0"], &options)
+            .start()
+            .unwrap();
+        let status = process.wait(Deadline::seconds(20)).unwrap();
+        let said = process.output().join("\n");
+        assert_eq!(status.code(), Some(1), "{said}");
+        assert!(!said.contains("panicked"), "{said}");
+        said
     }
 
     #[track_caller]
@@ -203,27 +239,17 @@ fn a_start_without_the_shadow_is_refused() {
     bed.freeze(&target);
     bed.client().write_many(0, &data(1, 8)).unwrap();
     target.kill().unwrap();
-    let refused = |options: &[&str]| {
-        let options = [&QUICK[..], options].concat();
-        let mut process = command(&bed.wire.host, &bed.store, &["tgt0"], &options)
-            .start()
-            .unwrap();
-        let status = process.wait(Deadline::seconds(20)).unwrap();
-        let said = process.output().join("\n");
-        assert_eq!(status.code(), Some(1), "{said}");
-        said
-    };
     let path = bed.shadow().display().to_string();
     for options in [&[][..], &["-f", "/nowhere-else"]] {
-        let said = refused(options);
+        let said = bed.refused(options);
         assert!(said.contains(&format!("start with -f {path}")), "{said}");
         assert!(said.contains("--discard-shadow"), "{said}");
     }
-    let said = refused(&["-r", "-f", &path]);
+    let said = bed.refused(&["-r", "-f", &path]);
     assert!(said.contains("without -r"), "{said}");
     let away = bed.store.path().join("away");
     fs::rename(bed.shadow(), &away).unwrap();
-    let said = refused(&["-f", &path]);
+    let said = bed.refused(&["-f", &path]);
     assert!(said.contains("is not there"), "{said}");
     fs::rename(&away, bed.shadow()).unwrap();
     let target = bed.start(&[]);

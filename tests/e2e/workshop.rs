@@ -284,12 +284,14 @@ pub fn generation(lba: u64, bytes: &[u8]) -> u64 {
 }
 
 /// What a [`Load`] knows of its sectors.
-#[derive(Default)]
+#[derive(Clone, Default)]
 pub struct Written {
     /// By sector: the generation acknowledged last.
     pub acknowledged: BTreeMap<u64, u64>,
     /// By sector: the generation sent last, acknowledged or not.
     pub sent: BTreeMap<u64, u64>,
+    /// All writes in their order, the first of generation 1: place and length.
+    pub history: Vec<(u64, u64)>,
 }
 
 impl Written {
@@ -362,6 +364,11 @@ impl<'scope> Load<'scope> {
         })
         .unwrap();
         assert!(!self.is_over(), "the load has ended: see its panic");
+    }
+
+    /// What it has written up to now.
+    pub fn written(&self) -> Written {
+        self.written.lock().unwrap().clone()
     }
 
     fn is_over(&self) -> bool {
@@ -464,6 +471,7 @@ impl Worker {
                 written
                     .sent
                     .extend((lba..lba + count).map(|lba| (lba, generation)));
+                written.history.push((lba, count));
             }
             // One frame may have become too small for it: then in several.
             if self

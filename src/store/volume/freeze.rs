@@ -150,6 +150,7 @@ impl Freezing {
 impl Volume {
     /// A volume that can be frozen with a shadow, or is since before.
     pub fn with_shadow(mut self, mut side: ShadowSide) -> Volume {
+        let mut reserve = None;
         if let Some(left) = side.left.take() {
             self.cache.set_generation(left.generation);
             match left.state {
@@ -157,6 +158,7 @@ impl Volume {
                     self.freezing.stage = Stage::Frozen;
                     let slots = self.reserve(side.limit);
                     self.cache.limit_dirty(slots);
+                    reserve = Some(u64::from(slots) * self.cache.block_bytes());
                 }
                 State::Thawing => self.begin_thawing(),
             }
@@ -166,6 +168,10 @@ impl Volume {
             });
         }
         self.freezing.side = Some(side);
+        if let Some(reserve) = reserve {
+            // It may be another one now, or have been given back.
+            self.submit_step(Step::Reserve(reserve));
+        }
         self
     }
 
@@ -319,7 +325,9 @@ impl Volume {
                     self.begin_freeze(uuid);
                 }
             }
-            // A release of the reserve changes no stage.
+            // The reserve cannot be had any more; to give it back cannot fail so
+            // that it matters.
+            Stage::Frozen if failed => self.shadow_is_full(now, true),
             Stage::Frozen => {}
             _ => self.freezing.retry_at = Some(now + STEP_RETRY),
         }
@@ -379,7 +387,8 @@ impl Volume {
                     log::warn!("thaw: the shadow was full for too long");
                     self.freezing.thaw.get_or_insert(Thaw::Unasked);
                 }
-                if let Some(thaw) = self.freezing.thaw {
+                // A step under way is none of the next stage's.
+                if let Some(thaw) = self.freezing.thaw.filter(|_| idle) {
                     let cut = thaw == Thaw::Unasked;
                     let why = if cut {
                         "thaw, which nobody ordered"
@@ -486,7 +495,8 @@ impl Volume {
     pub(super) fn freeze_deadline(&self) -> Option<Instant> {
         let held = match self.freezing.stage {
             Stage::Held { until, .. } => Some(until),
-            _ => self.freezing.full,
+            Stage::Frozen => self.freezing.full,
+            _ => None,
         };
         let merge = match self.freezing.stage {
             Stage::Thawing => self.merge.retry_at(),
@@ -518,6 +528,23 @@ impl Volume {
             }
             _ => false,
         }
+    }
+
+    /// Whether a write of so many sectors that had to wait must wait on.
+    pub(super) fn is_shadow_full_for(&mut self, now: Instant, sectors: u64) -> bool {
+        let frozen = matches!(self.freezing.stage, Stage::Frozen);
+        frozen && (self.holds_writes(now, sectors) || self.is_thaw_due())
+    }
+
+    /// Whether the shadow takes no more, for what it has is to be merged.
+    pub(super) fn is_thaw_due(&self) -> bool {
+        matches!(self.freezing.stage, Stage::Frozen) && self.freezing.thaw.is_some()
+    }
+
+    /// Whether a stop need not wait for writes that wait: a full shadow that is
+    /// kept takes them as little as any that come.
+    pub(super) fn leaves_parked(&self) -> bool {
+        self.draining && self.may_stop() && self.freezing.full.is_some()
     }
 
     /// Whether the shadow would have more than it may if all that is dirty, and

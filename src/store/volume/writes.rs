@@ -155,7 +155,11 @@ impl Volume {
                     durable,
                 } => {
                     let len = data.len();
-                    let Ok(epoch) = self.cache.write(extent, &data, now) else {
+                    // When it came, what waits before it had no place in the
+                    // shadow yet.
+                    let waits_on = self.is_shadow_full_for(now, extent.count());
+                    let written = (!waits_on).then(|| self.cache.write(extent, &data, now));
+                    let Some(Ok(epoch)) = written else {
                         let again = ParkedWrite::Write {
                             token,
                             since,

@@ -134,7 +134,7 @@ impl Backing for Pair {
                 }
                 self.header(&mut held, State::Thawing);
             }
-            Step::Release => {}
+            Step::Reserve(_) | Step::Release => {}
             Step::Vanish => held.name = Name::None,
         }
         Ok(())
