@@ -399,9 +399,21 @@ fn records_of(directory: &Path, id: &ImageId) -> Result<Vec<(PathBuf, Left)>, Re
             Err(e) if e.kind() == io::ErrorKind::NotFound => continue,
             Err(e) => return Err(fail(&path, e.to_string())),
         };
-        let left = Left::parse(&text);
-        let left =
-            left.ok_or_else(|| fail(&path, "it cannot be read; remove it to pass it over".into()))?;
+        let Some(left) = Left::parse(&text) else {
+            // Its name says of which image it is, as far as a name can.
+            let file = path.file_name().unwrap_or_default().to_string_lossy();
+            if file.starts_with(&image_name(id)) {
+                return Err(fail(
+                    &path,
+                    "it cannot be read; remove it to pass it over".into(),
+                ));
+            }
+            log::warn!(
+                "arena record {}: it cannot be read, and is passed over, being of another image",
+                path.display()
+            );
+            continue;
+        };
         if left.id.is_same_image(id) {
             records.push((path, left));
         }
@@ -546,13 +558,18 @@ fn set_aside(left: &Left) {
     }
 }
 
-fn name(id: &ImageId) -> String {
+/// What the names of all windows of an image begin with.
+fn image_name(id: &ImageId) -> String {
     let crc = crc::Crc::<u64>::new(&crc::CRC_64_XZ);
     let mut digest = crc.digest();
     for number in [id.device, id.inode, id.birth] {
         digest.update(&number.to_le_bytes());
     }
-    format!("{:016x}-{}", digest.finalize(), id.start / SECTOR)
+    format!("{:016x}-", digest.finalize())
+}
+
+fn name(id: &ImageId) -> String {
+    format!("{}{}", image_name(id), id.start / SECTOR)
 }
 
 /// The boot we are in; zeros where /proc does not tell.

@@ -34,6 +34,8 @@ pub struct UringDisk {
     helpers: Pool,
     image: Arc<Image>,
     event: Arc<EventFd>,
+    /// Whether the kernel took not all that it was handed.
+    refused: bool,
 }
 
 impl UringDisk {
@@ -50,6 +52,7 @@ impl UringDisk {
             helpers,
             image,
             event,
+            refused: false,
         })
     }
 
@@ -154,10 +157,8 @@ impl Disk for UringDisk {
     }
 
     fn kick(&mut self) {
-        if let Err(e) = self.ring.submit() {
-            // What the kernel does not take now it is handed the next time.
-            log::debug!("io_uring takes nothing now: {e}");
-        }
+        // What the kernel does not take now it is handed in the next turn.
+        self.refused = self.ring.submit().is_err();
     }
 
     fn reap(&mut self) -> Option<Done> {
@@ -181,6 +182,6 @@ impl Disk for UringDisk {
     }
 
     fn has_done(&mut self) -> bool {
-        self.helpers.has_done() || self.ring.has_ended()
+        self.refused || self.helpers.has_done() || self.ring.has_ended()
     }
 }

@@ -391,6 +391,7 @@ impl Volume {
             }
         }
         self.advance_freeze(now);
+        self.start_held_reads();
         self.start_parked(now);
         if self.is_thaw_due() {
             // What had waited has filled the shadow.

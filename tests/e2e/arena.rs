@@ -423,7 +423,15 @@ fn a_record_that_cannot_be_read_is_refused() {
         );
     }
     fs::write(bed.store.record(), &record).unwrap();
-    bed.replays(&[]);
+    // That of another image stops nobody but that one.
+    let strange = bed.store.state().join("0123456789abcdef-0.arena.toml");
+    fs::write(&strange, "version = 2\n").unwrap();
+    let mut target = bed.start(&[]);
+    said(&mut target, "it cannot be read, and is passed over");
+    stop(target);
+    fs::remove_file(&strange).unwrap();
+    bed.whole();
+    bed.nothing_left();
 }
 
 #[test]

@@ -150,11 +150,24 @@ impl Volume {
     pub(super) fn discard_ended(&mut self, ok: bool, now: Instant) {
         let in_shadow = std::mem::take(&mut self.discarding).edges.is_some();
         self.end_discard(ok, in_shadow, now);
+        self.start_held_reads();
+    }
+
+    /// Takes the reads that a discard held up, as far as there is room.
+    pub(super) fn start_held_reads(&mut self) {
         while let Some((token, extent)) = self.held_reads.pop_front() {
+            if self.discarding.excludes(extent) {
+                self.held_reads.push_front((token, extent));
+                return;
+            }
             match self.read_absolute(|| Some(token), extent) {
                 Ok(super::Read::Ready(body)) => self.complete(token, Some(body), true),
                 Ok(super::Read::Parked) => {}
-                Err(_) => self.complete(token, None, false),
+                Err(_) => {
+                    // What is under way makes room when it ends.
+                    self.held_reads.push_front((token, extent));
+                    return;
+                }
             }
         }
     }
