@@ -9,7 +9,9 @@ use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant, UNIX_EPOCH};
 
-use nix::fcntl::{FallocateFlags, FcntlArg, PosixFadviseAdvice, fallocate, fcntl, posix_fadvise};
+use nix::fcntl::{
+    FallocateFlags, FcntlArg, OFlag, PosixFadviseAdvice, fallocate, fcntl, posix_fadvise,
+};
 use nix::sys::uio::pwritev;
 use shadow::{BlockFile, Identity, SECTOR};
 
@@ -421,11 +423,23 @@ fn open(options: &ImageOptions, is_device: bool) -> Result<File, ImageTrouble> {
     }
     let mut how = OpenOptions::new();
     how.read(true).write(!options.read_only).custom_flags(flags);
-    how.open(&options.path).map_err(|e| match e.raw_os_error() {
-        Some(libc::EBUSY) if is_device => ImageTrouble::Busy,
-        Some(libc::EINVAL) if options.direct => ImageTrouble::NoDirect,
-        _ => ImageTrouble::System("opening it", e),
-    })
+    let file = how
+        .open(&options.path)
+        .map_err(|e| match e.raw_os_error() {
+            Some(libc::EBUSY) if is_device => ImageTrouble::Busy,
+            Some(libc::EINVAL) if options.direct => ImageTrouble::NoDirect,
+            _ => ImageTrouble::System("opening it", e),
+        })?;
+    keep_no_access_time(&file);
+    Ok(file)
+}
+
+/// Reads of this file leave its access time alone. To note one, a filesystem may
+/// wait for its journal, also in a read that is not to wait for anything.
+pub(super) fn keep_no_access_time(file: &File) {
+    let flags = fcntl(file, FcntlArg::F_GETFL).map(OFlag::from_bits_retain);
+    // Only owners may; for others it is as it always was.
+    let _ = flags.and_then(|flags| fcntl(file, FcntlArg::F_SETFL(flags | OFlag::O_NOATIME)));
 }
 
 /// Locks the bytes of the window, shared if they are only read. The lock

@@ -21,7 +21,7 @@ use shadow::{
 };
 
 use super::disk::{Backing, Origin, Part, Step};
-use super::image::Image;
+use super::image::{Image, keep_no_access_time};
 use super::volume::LeftShadow;
 use crate::sys::buffer::Body;
 use crate::sys::file::read_now;
@@ -368,6 +368,7 @@ impl ShadowStore {
             paths::rename(&paths.new, &paths.shadow).map_err(fail("renaming it"))?;
             found.name = Found::Plain;
         }
+        keep_no_access_time(found.shadow.file().as_file());
         let name = found.name;
         let (file, spec, state, sequence, map) = found.shadow.into_parts();
         let left = LeftShadow {
@@ -412,6 +413,7 @@ impl ShadowStore {
             let _ = paths::remove(&self.paths.new);
             return Err(e);
         }
+        keep_no_access_time(file.as_file());
         *self.open.write() = Some(Arc::new(file));
         *self.state.lock() = Some(Held {
             spec,

@@ -146,3 +146,23 @@ fn a_discard_reads_back_as_zeros() {
     assert!(buf[1024..9216].iter().all(|b| *b == 0));
     assert!(buf[9216..].iter().all(|b| *b == 7));
 }
+
+#[test]
+fn reads_leave_the_access_time_alone() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("disk.img");
+    std::fs::write(&path, [1; 4096]).unwrap();
+    // Older than the last change, so that any filesystem would note a read.
+    let old = UNIX_EPOCH + Duration::from_secs(1_000_000);
+    let times = std::fs::FileTimes::new().set_accessed(old);
+    File::options()
+        .write(true)
+        .open(&path)
+        .unwrap()
+        .set_times(times)
+        .unwrap();
+    let image = Image::open(&options(&path)).unwrap();
+    image.read_at(&mut [0; 4096], 0).unwrap();
+    assert!(image.read_now(&mut [0; 512], 512));
+    assert_eq!(std::fs::metadata(&path).unwrap().accessed().unwrap(), old);
+}
