@@ -154,7 +154,7 @@ impl Drop for Says<'_> {
 
 /// USR1 so often, then USR2, with the pause that senders owe, also to the order
 /// before.
-fn order(target: &Process, count: usize) {
+pub fn order(target: &Process, count: usize) {
     try_order(target, count).unwrap();
 }
 
