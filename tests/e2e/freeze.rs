@@ -18,6 +18,7 @@ mod full;
 mod orders;
 mod starts;
 mod sweeps;
+mod trims;
 
 const SECTORS: u64 = 4096;
 
