@@ -59,7 +59,7 @@ fn outcome(client: &mut Client, frame: &Frame) -> (u8, u8, u8) {
     (ata.status, ata.error, ata.count)
 }
 
-fn trim(ranges: &[(u64, u64)]) -> Frame {
+pub fn trim(ranges: &[(u64, u64)]) -> Frame {
     let mut payload = Vec::new();
     for (lba, count) in ranges {
         payload.extend((lba | count << 48).to_le_bytes());

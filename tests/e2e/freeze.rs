@@ -13,10 +13,12 @@ use crate::rig::QUICK;
 use crate::support::{Store, Wire, command, files, serve, stop};
 use crate::workshop::soon;
 
+mod faults;
 mod full;
 mod orders;
 mod starts;
 mod sweeps;
+mod trims;
 
 const SECTORS: u64 = 4096;
 
@@ -106,13 +108,28 @@ impl Bed {
 
     #[track_caller]
     fn freeze(&self, target: &Process) {
+        let too_early = || {
+            let lines = target.output();
+            let is_told = |line: &&String| line.contains("still being merged");
+            lines.iter().filter(is_told).count()
+        };
+        let mut known = too_early();
         order(target, 1);
-        until("the shadow appears", || self.shadow().exists());
+        let _says = Says(target);
+        until("the shadow appears", || {
+            // The name of the last one goes a moment before its end.
+            if too_early() > known {
+                known = too_early();
+                order(target, 1);
+            }
+            self.shadow().exists()
+        });
     }
 
     #[track_caller]
     fn thaw(&self, target: &Process) {
         order(target, 2);
+        let _says = Says(target);
         until("the shadow vanishes", || self.shadows().is_empty());
     }
 
@@ -125,14 +142,33 @@ impl Bed {
     }
 }
 
-/// USR1 so often, then USR2, with the pause that senders owe.
-fn order(target: &Process, count: usize) {
-    for _ in 0..count {
-        target.signal(Signal::SIGUSR1).unwrap();
-        // Not a wait: equal signals that are pending together are one.
-        std::thread::sleep(Duration::from_millis(10));
+/// What a target has said is told when a test fails.
+struct Says<'a>(&'a Process);
+
+impl Drop for Says<'_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            println!("{:#?}", self.0.output());
+        }
     }
-    target.signal(Signal::SIGUSR2).unwrap();
+}
+
+/// USR1 so often, then USR2, with the pause that senders owe, also to the order
+/// before.
+pub fn order(target: &Process, count: usize) {
+    try_order(target, count).unwrap();
+}
+
+/// The same, of a target that may be dead.
+fn try_order(target: &Process, count: usize) -> initiator::error::Result<()> {
+    // Not a wait: equal signals that are pending together are one.
+    const PAUSE: Duration = Duration::from_millis(10);
+    for _ in 0..count {
+        std::thread::sleep(PAUSE);
+        target.signal(Signal::SIGUSR1)?;
+    }
+    std::thread::sleep(PAUSE);
+    target.signal(Signal::SIGUSR2)
 }
 
 #[track_caller]

@@ -7,6 +7,7 @@ use std::sync::{Mutex, PoisonError};
 
 use initiator::lab::{self, Deadline, Namespace, Need, Process, Spawn, Tap};
 
+use crate::freeze::order;
 use crate::support::{Store, serve, stop};
 
 pub const QEMU: &str = "qemu-system-x86_64";
@@ -203,6 +204,103 @@ fn linux_goes_on_when_the_target_is_killed_and_started_again() {
     let result = guest
         .wait_for_line("AOEDE-VM-RESULT:", Deadline::seconds(PATIENCE))
         .unwrap();
+    assert!(
+        result.contains("AOEDE-VM-RESULT: ok"),
+        "{:#?}",
+        guest.output()
+    );
+    guest.wait(Deadline::seconds(30)).unwrap();
+    stop(target);
+    fsck(&store.image());
+}
+
+/// A copy of a mounted filesystem: its journal is replayed, and then it must be
+/// clean; the last line of the file `ticks`.
+fn check_copy(copy: &Path) -> u64 {
+    let replay = Command::new("e2fsck")
+        .args(["-y", "-E", "journal_only"])
+        .arg(copy)
+        .output()
+        .unwrap();
+    // 1: something was replayed.
+    assert!(
+        matches!(replay.status.code(), Some(0 | 1)),
+        "{}",
+        String::from_utf8_lossy(&replay.stdout)
+    );
+    fsck(copy);
+    let ticks = Command::new("debugfs")
+        .args(["-R", "cat ticks"])
+        .arg(copy)
+        .output()
+        .unwrap();
+    let text = String::from_utf8_lossy(&ticks.stdout).into_owned();
+    text.lines().last().map_or(0, |last| last.parse().unwrap())
+}
+
+#[test]
+fn linux_goes_on_while_it_is_frozen_copied_and_thawed_and_each_copy_is_clean() {
+    const COPIES: usize = 10;
+    if !lab::require("the Linux driver while the image is frozen", &NEEDS) {
+        return;
+    }
+    let (namespace, store) = (Namespace::new().unwrap(), Store::new(131_072));
+    let (_taps, names) = taps(&namespace, 2, 1500);
+    let shadow = store.path().join("shadow.img");
+    let options = ["-f", shadow.to_str().unwrap()];
+    let mut target = serve(&namespace, &store, &["tap0", "tap1"], &options);
+    let out = guest();
+    let mut guest = machine(&namespace, &names, "512")
+        .arg("-kernel")
+        .arg(out.join("vmlinuz"))
+        .arg("-initrd")
+        .arg(out.join("initrd.img"))
+        .args([
+            "-append",
+            "console=ttyS0 quiet ipv6.disable=1 aoede.dev=e1.1 aoede.paths=2 \
+                           aoede.scenario=load aoede.seconds=14",
+        ])
+        .start()
+        .unwrap();
+    let begun = guest.wait_for_line("AOEDE-VM-LOAD: started", Deadline::seconds(PATIENCE));
+    begun.unwrap_or_else(|e| panic!("{e}: {:#?}", guest.output()));
+    let copy = store.path().join("copy.img");
+    let synced = |guest: &Process| {
+        let lines = guest.output();
+        let ticks = lines.iter().filter_map(|line| {
+            let (_, tick) = line.split_once("AOEDE-VM-LOAD: synced ")?;
+            tick.trim().parse::<u64>().ok()
+        });
+        ticks.max().unwrap_or(0)
+    };
+    let mut ticks = Vec::new();
+    for _ in 0..COPIES {
+        let before = synced(&guest);
+        order(&target, 1);
+        target
+            .wait_for_line("frozen: ", Deadline::seconds(60))
+            .unwrap();
+        assert!(shadow.exists());
+        let status = Command::new("cp")
+            .arg("--sparse=always")
+            .args([&store.image(), &copy])
+            .status();
+        assert!(status.unwrap().success());
+        assert!(shadow.exists(), "the copy may be none of one instant");
+        order(&target, 2);
+        target
+            .wait_for_line("thawed: ", Deadline::seconds(60))
+            .unwrap();
+        assert!(!shadow.exists());
+        let tick = check_copy(&copy);
+        assert!(tick >= before, "{tick} in the copy, {before} before it");
+        ticks.push(tick);
+    }
+    assert!(ticks.is_sorted(), "{ticks:?}");
+    let ended = guest.output().join("\n").contains("AOEDE-VM-LOAD: ended");
+    println!("ticks of the copies {ticks:?}; load ended before: {ended}");
+    let result = guest.wait_for_line("AOEDE-VM-RESULT:", Deadline::seconds(PATIENCE));
+    let result = result.unwrap_or_else(|e| panic!("{e}: {:#?}", guest.output()));
     assert!(
         result.contains("AOEDE-VM-RESULT: ok"),
         "{:#?}",

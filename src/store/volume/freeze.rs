@@ -86,7 +86,8 @@ pub(super) enum Stage {
     /// No shadow: writes are not answered, until this time at the latest.
     Held {
         until: Instant,
-        drain: Epoch,
+        /// What is to be on stable storage, once nothing waits any more.
+        drain: Option<Epoch>,
         still: bool,
     },
 }
@@ -213,7 +214,7 @@ impl Volume {
                 log::info!("freeze: no write is answered from now on (there is no -f)");
                 self.freezing.stage = Stage::Held {
                     until: now + self.options.hold_max,
-                    drain: self.cache.close_epoch(),
+                    drain: None,
                     still: false,
                 };
             }
@@ -329,6 +330,13 @@ impl Volume {
             // that it matters.
             Stage::Frozen if failed => self.shadow_is_full(now, true),
             Stage::Frozen => {}
+            Stage::Sealing { .. } => {
+                self.freezing.retry_at = Some(now + STEP_RETRY);
+                // Until then nothing is written back anywhere: hosts are told, as
+                // of any disk that fails, and a sync shows that it is over.
+                self.cache.record_outside(now);
+                self.failed(now);
+            }
             _ => self.freezing.retry_at = Some(now + STEP_RETRY),
         }
     }
@@ -433,22 +441,20 @@ impl Volume {
                 drain,
                 still,
             } => {
-                if !still && self.parked.is_empty() && self.cache.is_synced(drain) {
+                // What waits for a slot was taken before the order, and comes first.
+                let drain = match drain {
+                    None if self.parked.is_empty() => Some(self.cache.close_epoch()),
+                    drain => drain,
+                };
+                let synced = drain.is_some_and(|epoch| self.cache.is_synced(epoch));
+                if synced && !still {
                     log::info!("frozen: the image is still");
-                    self.freezing.stage = Stage::Held {
-                        until,
-                        drain,
-                        still: true,
-                    };
-                } else if !still && self.cache.is_synced(drain) {
-                    // What had waited for a slot came in meanwhile.
-                    let drain = self.cache.close_epoch();
-                    self.freezing.stage = Stage::Held {
-                        until,
-                        drain,
-                        still,
-                    };
                 }
+                self.freezing.stage = Stage::Held {
+                    until,
+                    drain,
+                    still: synced,
+                };
                 if until <= now {
                     self.release("thaw, since hold_max is over");
                 }
@@ -510,7 +516,7 @@ impl Volume {
     pub(super) fn freeze_wants(&self) -> Option<Epoch> {
         match self.freezing.stage {
             Stage::Freezing { cut } => Some(cut),
-            Stage::Held { drain, .. } => Some(drain),
+            Stage::Held { drain, .. } => drain.or(Some(self.cache.epoch())),
             _ => None,
         }
     }

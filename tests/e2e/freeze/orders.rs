@@ -1,8 +1,10 @@
 //! Orders: each signal counts, and what makes no sense now is reported and
 //! changes nothing.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
+use initiator::engine::{Block, Engine, Op, Plan};
 use initiator::frame::Frame;
 use initiator::lab::wait_until;
 
@@ -335,5 +337,57 @@ fn held_writes_go_through_after_a_thaw_or_after_hold_max() {
         stop(target);
         assert!(bed.image()[64 * 512..66 * 512] == data(3, 2));
         fs::write(bed.store.image(), vec![0; SECTORS as usize * 512]).unwrap();
+    }
+}
+
+#[test]
+fn without_a_shadow_nothing_moves_once_the_image_is_still() {
+    if !lab::require("a held image under load", &[Need::Network]) {
+        return;
+    }
+    // Much waits for a slot when the order comes.
+    let small = [
+        "--set",
+        "cache_size=256K",
+        "--set",
+        "max_dirty_age=100",
+        "--set",
+        "idle_flush=100",
+    ];
+    let bed = Bed::with(9000, 32_768);
+    for round in 0..6 {
+        let options = [&QUICK[..], &small].concat();
+        let mut target = serve(&bed.wire.host, &bed.store, &["tgt0"], &options);
+        let mut engine = Engine::new(bed.client()).unwrap();
+        let plan = Plan {
+            op: Op::Write,
+            block: Block::Bytes(8192),
+            depth: 256,
+            duration: None,
+            seed: round,
+            resend: Duration::from_secs(1),
+            last_answers: Duration::from_millis(20),
+            ..Plan::default()
+        };
+        let still = AtomicBool::new(false);
+        thread::scope(|scope| {
+            let load = scope.spawn(|| {
+                let load = engine.run_until(&plan, || still.load(Ordering::Relaxed));
+                load.map(|report| report.clean())
+            });
+            thread::sleep(Duration::from_millis(50));
+            order(&target, 1);
+            target.wait_for_line("the image is still", soon()).unwrap();
+            let image = bed.image();
+            // Whatever is on its way has come after this.
+            bed.client().flush().unwrap();
+            thread::sleep(Duration::from_millis(150));
+            assert!(bed.image() == image, "the image moves while it is held");
+            still.store(true, Ordering::Relaxed);
+            load.join().unwrap().unwrap().unwrap();
+        });
+        order(&target, 2);
+        target.wait_for_line("answered again", soon()).unwrap();
+        stop(target);
     }
 }

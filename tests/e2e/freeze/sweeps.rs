@@ -16,7 +16,7 @@ use super::*;
 use crate::workshop::{Load, Temper, Written, generation};
 
 /// How long a sweep goes on, unless AOEDE_KILLS says how often.
-const SWEEP: Duration = Duration::from_secs(7);
+const SWEEP: Duration = Duration::from_secs(5);
 
 /// Holds a copy of the image against one initiator's writes, which came one
 /// after the other: it has all up to one of them, and none behind. That one is
