@@ -127,7 +127,16 @@ fn device_name(device: u64) -> u64 {
     let names = ["wwid", "device/wwid", "dm/uuid", "md/uuid", "serial"];
     let own = names.iter().find_map(|name| text(name));
     let name = own.or_else(|| names.iter().find_map(|name| text(&format!("../{name}"))));
-    let Some(name) = name else { return 0 };
+    // Without a name of its own: where it is plugged in, and what file is behind
+    // a loop device. Two disks must never be one because neither has a name.
+    let place = || {
+        let link = std::fs::read_link(&node).ok()?.display().to_string();
+        let file = text("loop/backing_file").or_else(|| text("../loop/backing_file"));
+        Some(link + "\0" + &file.unwrap_or_default())
+    };
+    let Some(name) = name.or_else(place) else {
+        return 0;
+    };
     let partition = text("partition").unwrap_or_default();
     let mut digest = CRC.digest();
     digest.update(name.as_bytes());
@@ -164,5 +173,18 @@ mod tests {
         let grown = Identity::of(&File::open(&path).unwrap()).unwrap();
         assert_eq!(first.difference(&grown), Some(Difference::Size(1000, 1024)));
         assert!(Identity::of(&File::open("/dev/null").unwrap()).is_err());
+    }
+
+    #[test]
+    fn disks_without_a_name_are_not_one() {
+        let devices = std::fs::read_dir("/sys/dev/block").into_iter().flatten();
+        let mut seen = std::collections::HashMap::new();
+        for device in devices.flatten() {
+            let name = device.file_name().into_string().unwrap();
+            let (major, minor) = name.split_once(':').unwrap();
+            let number = nix::libc::makedev(major.parse().unwrap(), minor.parse().unwrap());
+            let other = seen.insert(device_name(number), name.clone());
+            assert_eq!(other, None, "{name} has the identity of another");
+        }
     }
 }

@@ -13,6 +13,7 @@ use crate::rig::QUICK;
 use crate::support::{Store, Wire, command, files, serve, stop};
 use crate::workshop::soon;
 
+mod devices;
 mod faults;
 mod full;
 mod orders;
