@@ -69,6 +69,8 @@ pub enum RecoverTrouble {
     InUse,
     /// The image does not take it.
     Replay(io::Error),
+    /// Image and shadow do not take it.
+    ReplayFrozen(io::Error),
 }
 
 impl fmt::Display for RecoverError {
@@ -109,6 +111,10 @@ impl fmt::Display for RecoverError {
                     "arena {path}: the image does not take what it holds: {e}; it is kept"
                 )
             }
+            RecoverTrouble::ReplayFrozen(e) => write!(
+                f,
+                "arena {path}: the image and its shadow do not take what it holds: {e}; it is kept"
+            ),
         }
     }
 }
@@ -476,7 +482,11 @@ impl Scene<'_> {
         };
         match done {
             Ok(()) => {}
-            Err(why @ (RecoverTrouble::Replay(_) | RecoverTrouble::InUse)) => {
+            Err(
+                why @ (RecoverTrouble::Replay(_)
+                | RecoverTrouble::ReplayFrozen(_)
+                | RecoverTrouble::InUse),
+            ) => {
                 return Err(fail(why));
             }
             Err(_) if self.discard => {
@@ -515,6 +525,13 @@ impl Scene<'_> {
         // What we change now is no stranger's change to who comes after us.
         let mut pulse = Pulse::open(path).map_err(RecoverTrouble::Arena)?;
         let shadow = &mut self.shadow;
+        let (place, fail) = match shadow {
+            Some(_) => (
+                "the image and its shadow",
+                RecoverTrouble::ReplayFrozen as fn(io::Error) -> _,
+            ),
+            None => ("the image", RecoverTrouble::Replay as fn(io::Error) -> _),
+        };
         old.replay(|generation, at, bytes| {
             pulse.set_alive(real_time());
             match shadow {
@@ -522,16 +539,16 @@ impl Scene<'_> {
                 None => image.write_unaligned(bytes, at),
             }
         })
-        .map_err(RecoverTrouble::Replay)?;
+        .map_err(fail)?;
         // What a merge has brought to the image is there before its bits go.
-        image.sync().map_err(RecoverTrouble::Replay)?;
+        image.sync().map_err(fail)?;
         if let Some(shadow) = shadow {
-            shadow.sync().map_err(RecoverTrouble::Replay)?;
+            shadow.sync().map_err(fail)?;
         }
         old.retire();
         log::warn!(
-            "a target of this image died: {sectors} acknowledged sectors ({} KiB) brought to the \
-             image from {}",
+            "a target of this image died: {sectors} acknowledged sectors ({} KiB) brought to {place} \
+             from {}",
             sectors * SECTOR / 1024,
             path.display()
         );

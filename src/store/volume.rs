@@ -381,14 +381,17 @@ impl Volume {
     /// [`deadline`](Volume::deadline).
     pub fn advance(&mut self, now: Instant) {
         for _ in 0..REAP_MAX {
-            if let Some(done) = self.disk.reap() {
-                self.finish(done, now);
-            } else if let Some(done) = self.reap_shadow() {
-                self.heed(&done, now);
-                self.finish(done, now);
-            } else {
+            let Some(done) = self.disk.reap() else { break };
+            self.finish(done, now);
+        }
+        // Of its own number: reads of the image that never end must not keep
+        // what frozen writes wait for from being seen.
+        for _ in 0..REAP_MAX {
+            let Some(done) = self.reap_shadow() else {
                 break;
-            }
+            };
+            self.heed(&done, now);
+            self.finish(done, now);
         }
         self.advance_freeze(now);
         self.start_held_reads();

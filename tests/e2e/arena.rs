@@ -142,9 +142,17 @@ fn refused(command: Spawn) -> String {
 
 #[track_caller]
 fn said(process: &mut Process, what: &str) -> String {
-    let output = process.output().join("\n");
-    assert!(output.contains(what), "no '{what}' in: {output}");
-    output
+    // Messages have a thread of their own, and come when they come.
+    let deadline = Deadline::seconds(10);
+    loop {
+        let late = deadline.passed();
+        let output = process.output().join("\n");
+        if output.contains(what) {
+            return output;
+        }
+        assert!(!late, "no '{what}' in: {output}");
+        std::thread::sleep(Duration::from_millis(2));
+    }
 }
 
 /// Words of an arena's file.

@@ -291,7 +291,9 @@ fn what_was_acknowledged_before_a_death_has_its_place_on_a_full_filesystem() {
         for n in 0..40 {
             assert!(seen[n * 51_200..][..1024] == data(n as u8, 2), "write {n}");
         }
-        assert!(said(&target, "its filesystem is full"));
+        target
+            .wait_for_line("its filesystem is full", soon())
+            .unwrap();
         if policy == "hold" {
             assert!(bed.shadow().exists() && bed.image() == still);
             order(&target, 2);

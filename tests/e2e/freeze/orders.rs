@@ -132,6 +132,7 @@ fn while_it_thaws_orders_are_refused_and_a_hup_keeps_the_size() {
     bed.freeze(&target);
     client.write_many(0, &data(1, 700)).unwrap();
     client.flush().unwrap();
+    assert_idle(&target);
     // Longer than it was, which is not told before the thaw.
     let image = bed.store.image();
     let longer = fs::File::options().write(true).open(image).unwrap();
