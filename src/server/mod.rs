@@ -64,6 +64,8 @@ pub enum ServeError {
     Recover(RecoverError),
     /// The shadow of a freeze.
     Shadow(ShadowError),
+    /// Its limit is too low for blocks of so many bytes; the least, in MiB.
+    ShadowLimit(u64, u64),
     /// The disk did not finish in time at the end; the file that holds what is
     /// not on it.
     StopTimeout(Duration, Option<PathBuf>),
@@ -97,6 +99,11 @@ impl fmt::Display for ServeError {
             ),
             ServeError::Recover(e) => write!(f, "{e}"),
             ServeError::Shadow(e) => write!(f, "{e}"),
+            ServeError::ShadowLimit(block, least) => write!(
+                f,
+                "-f: the limit is too low for a disk with blocks of {block} bytes; give {least} MiB \
+                 or more"
+            ),
             ServeError::StopTimeout(after, arena) => {
                 write!(
                     f,

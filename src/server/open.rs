@@ -17,7 +17,7 @@ use crate::net::{Nic, NicError, NicId, NicTrouble, PortOptions, probe};
 use crate::store::{
     ArenaOptions, Backing, Cache, DIRTY_MIN, Disk, FoundShadow, Image, ImageError, Pool,
     ShadowOptions, ShadowSide, ShadowStore, StateFile, UringDisk, Volume, VolumeOptions,
-    find_shadow, prepare,
+    block_bytes, find_shadow, prepare, shadow_limit_min,
 };
 use crate::sys::link::LinkWatch;
 use crate::target::{Settings, Target};
@@ -102,6 +102,12 @@ pub(super) fn open(options: &Options) -> Result<Export, ServeError> {
         discard: options.discard_shadow,
     };
     let mut shadow = find_shadow(&image, &shadow_options).map_err(ServeError::Shadow)?;
+    let limit = options.shadow.as_ref().and_then(|shadow| shadow.limit_mib);
+    let block = block_bytes(&image, shadow.as_ref()) as u64;
+    let least = shadow_limit_min(block).div_ceil(1 << 20);
+    if limit.is_some_and(|limit| limit < least) {
+        return Err(ServeError::ShadowLimit(block, least));
+    }
 
     let event = Pool::event().map_err(system("making an event"))?;
     let event = Arc::new(event);

@@ -27,11 +27,13 @@ pub use disk::{Backing, Disk, DiskError, Done, Job, JobId, JobKind, Origin, Part
 pub use image::{Create, Image, ImageError, ImageOptions, ImageTrouble, Window};
 pub use inline::Inline;
 pub use pool::Pool;
-pub use recover::{ArenaOptions, Prepared, Record, RecoverError, RecoverTrouble, prepare};
+pub use recover::{
+    ArenaOptions, Prepared, Record, RecoverError, RecoverTrouble, block_bytes, prepare,
+};
 pub use shadow::{FoundShadow, ShadowError, ShadowOptions, ShadowStore, find_shadow};
 pub use state::{StateError, StateFile};
 pub use uring::UringDisk;
 pub use volume::{
     Bounds, Completed, Failures, LeftShadow, PARKED_MAX, Read, Refused, ShadowSide, Token, Volume,
-    VolumeOptions, Write,
+    VolumeOptions, Write, shadow_limit_min,
 };

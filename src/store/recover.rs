@@ -179,6 +179,13 @@ fn real_time() -> u64 {
     u64::try_from(since.as_nanos()).unwrap_or(u64::MAX)
 }
 
+/// Bytes of the cache's blocks: whole ones of the disk's, and whole chunks of the
+/// shadow that is there.
+pub fn block_bytes(image: &Image, shadow: Option<&FoundShadow>) -> usize {
+    let chunk = shadow.map_or(0, |shadow| shadow.chunk() as usize);
+    image.align().max(BLOCK).max(chunk)
+}
+
 /// Recovers what was left, and makes a new arena. What belongs to a shadow goes
 /// there.
 pub fn prepare(
@@ -195,8 +202,7 @@ pub fn prepare(
     let alive = ours.iter().chain(&others);
     let alive = alive.filter(|(_, left)| left.boot == boot);
     let alive = alive.filter_map(|(_, left)| Pulse::open(&left.path).ok());
-    // A chunk of the shadow lies within a block.
-    let chunk = shadow.as_ref().map_or(0, |shadow| shadow.chunk() as usize);
+    let block = block_bytes(image, shadow.as_deref());
     let mut scene = Scene {
         shadow,
         image,
@@ -208,7 +214,6 @@ pub fn prepare(
     for (path, left) in ours {
         scene.recover(&path, &left)?;
     }
-    let block = image.align().max(BLOCK).max(chunk);
     if image.is_read_only() {
         let arena = anonymous(&options.state_dir, block, options.cache_size)?;
         return Ok(Prepared {

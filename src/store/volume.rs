@@ -43,7 +43,7 @@ use syncs::{Gather, Syncing, Trouble, Waiter};
 use view::View;
 use writes::ParkedWrite;
 
-pub use freeze::{LeftShadow, ShadowSide};
+pub use freeze::{LeftShadow, ShadowSide, shadow_limit_min};
 
 /// The most requests that wait for the disk.
 pub const PARKED_MAX: usize = 1024;

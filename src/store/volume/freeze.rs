@@ -35,6 +35,12 @@ const STEP_RETRY: Duration = Duration::from_secs(1);
 /// The part of a limit that is taken at once.
 const RESERVE_SHARE: u64 = 4;
 
+/// The least limit of a shadow, in bytes, where the cache has blocks of so many:
+/// what is taken at once, and as much again.
+pub fn shadow_limit_min(block: u64) -> u64 {
+    2 * DIRTY_MIN * block
+}
+
 /// What a volume is told of its shadow.
 pub struct ShadowSide {
     /// Does what must be done in it. The engine's backing knows both files, and

@@ -89,6 +89,10 @@ impl Volume {
         } else {
             (QUIET_SHARE, QUIET_FILLS, AHEAD_STEP)
         };
+        if self.merge.fills == 0 && !self.cache.has_unsynced() && self.syncing.is_none() {
+            // What was counted and is not there came to the image by other ways.
+            self.merge.outstanding = 0;
+        }
         let quota = (u64::from(self.freezing.dirty_max) * share / 100).max(1);
         // A discard waits until nothing is dirty.
         let waits = self.merge.zeros || self.is_discarding();
@@ -104,12 +108,7 @@ impl Volume {
         let last = self.merge.fills == 0 && self.merge.outstanding > 0;
         let zeroed = !self.merge.zeroed.is_empty();
         if (half || last || zeroed) && self.flushing.is_none() {
-            if last && !self.cache.has_unsynced() && self.syncing.is_none() {
-                // What was counted came to the image by other ways.
-                self.merge.outstanding = 0;
-            } else {
-                self.flushing = Some(self.cache.close_epoch());
-            }
+            self.flushing = Some(self.cache.close_epoch());
         }
     }
 
