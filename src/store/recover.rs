@@ -6,7 +6,8 @@
 //! boot. A start reads the records of its image; whose window overlaps ours
 //! belongs to a process that is dead, since we hold the lock.
 
-use std::fmt;
+mod error;
+
 use std::fs;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
@@ -16,6 +17,8 @@ use nix::sys::statfs::{TMPFS_MAGIC, statfs};
 use nix::sys::statvfs::statvfs;
 use shadow::{BlockFile, SECTOR};
 use toml::{Table, Value};
+
+pub use error::{RecoverError, RecoverTrouble};
 
 use super::arena::{Arena, ArenaTrouble, ImageId, OldArena, Pulse};
 use super::disk::Backing;
@@ -42,84 +45,6 @@ pub struct ArenaOptions {
     /// Gives up what an arena holds that cannot be used.
     pub discard: bool,
 }
-
-/// Why a start is refused.
-#[derive(Debug)]
-pub struct RecoverError {
-    path: PathBuf,
-    why: RecoverTrouble,
-}
-
-/// What stands in the way of bringing an arena to its image.
-#[derive(Debug)]
-pub enum RecoverTrouble {
-    /// The record, or the directory of records, cannot be read.
-    Record(String),
-    /// The record names it, and it is not there.
-    Gone,
-    /// It cannot be used.
-    Arena(ArenaTrouble),
-    /// It belongs to another image.
-    OtherImage,
-    /// The image is smaller than what it holds.
-    Shrunk,
-    /// Someone changed the image after the arena's process had died.
-    Changed,
-    /// Another process serves a part of its window.
-    InUse,
-    /// The image does not take it.
-    Replay(io::Error),
-    /// Image and shadow do not take it.
-    ReplayFrozen(io::Error),
-}
-
-impl fmt::Display for RecoverError {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let path = self.path.display();
-        let give_up = "--discard-arena gives up the writes in it";
-        match &self.why {
-            RecoverTrouble::Record(what) => write!(f, "arena record {path}: {what}"),
-            RecoverTrouble::Gone => write!(
-                f,
-                "arena {path} is not there, and holds writes that were acknowledged and may not be \
-                 on the image; bring it back, or {give_up}"
-            ),
-            RecoverTrouble::Arena(e) => write!(f, "arena {path}: {e}; {give_up}"),
-            RecoverTrouble::OtherImage => {
-                write!(
-                    f,
-                    "arena {path} belongs to another image; name another --run-dir, or {give_up}"
-                )
-            }
-            RecoverTrouble::Shrunk => write!(
-                f,
-                "arena {path} holds writes past the end of the image, which is smaller now; \
-                 restore its size, or {give_up}"
-            ),
-            RecoverTrouble::Changed => write!(
-                f,
-                "arena {path}: the image was changed by someone else after the target died, and \
-                 the writes in the arena would land over that; {give_up}"
-            ),
-            RecoverTrouble::InUse => write!(
-                f,
-                "arena {path}: another process serves a part of its window; stop that one first"
-            ),
-            RecoverTrouble::Replay(e) => {
-                write!(
-                    f,
-                    "arena {path}: the image does not take what it holds: {e}; it is kept"
-                )
-            }
-            RecoverTrouble::ReplayFrozen(e) => write!(
-                f,
-                "arena {path}: the image and its shadow do not take what it holds: {e}; it is kept"
-            ),
-        }
-    }
-}
-
-impl std::error::Error for RecoverError {}
 
 /// What a start has to work with.
 #[derive(Debug)]

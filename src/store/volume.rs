@@ -13,10 +13,12 @@
 //!   read; what comes behind it waits.
 //! - Memory is bounded: what has no slot waits in a list bounded in bytes.
 
+mod bufs;
 mod discards;
 mod freeze;
 mod merge;
 mod reads;
+mod room;
 mod syncs;
 mod view;
 mod writes;
@@ -35,6 +37,7 @@ use super::state::StateFile;
 use crate::freeze::WhenFull;
 use crate::sys::buffer::{Body, Buf, BufSlice};
 
+use bufs::Bufs;
 use discards::Discarding;
 use freeze::{COMMIT, FORGET, Freezing, STEP};
 use merge::Merge;
@@ -43,7 +46,8 @@ use syncs::{Gather, Syncing, Trouble, Waiter};
 use view::View;
 use writes::ParkedWrite;
 
-pub use freeze::{LeftShadow, ShadowSide, shadow_limit_min};
+pub use freeze::{LeftShadow, ShadowSide};
+pub use room::shadow_limit_min;
 
 /// The most requests that wait for the disk.
 pub const PARKED_MAX: usize = 1024;
@@ -573,36 +577,6 @@ impl Volume {
 
     fn complete(&mut self, token: Token, data: Option<Body>, ok: bool) {
         self.completed.push_back(Completed { token, data, ok });
-    }
-}
-
-/// Buffers of one length, used again and again.
-struct Bufs {
-    len: usize,
-    free: Vec<Buf>,
-    max: usize,
-}
-
-impl Bufs {
-    fn take(&mut self) -> Option<Buf> {
-        match self.free.pop() {
-            Some(buf) => Some(buf),
-            None => Buf::new(self.len).ok(),
-        }
-    }
-
-    fn put(&mut self, buf: Buf) {
-        if buf.len() >= self.len && self.free.len() < self.max {
-            self.free.push(buf);
-        }
-    }
-
-    /// Only grows: requests that are under way are as long as those before.
-    fn resize(&mut self, len: usize) {
-        if len > self.len {
-            self.free.clear();
-            self.len = len;
-        }
     }
 }
 

@@ -25,21 +25,13 @@ use super::super::disk::{Disk, DiskError, Job, JobId, Step};
 use super::Volume;
 use super::merge::Merge;
 use super::view::View;
-use crate::freeze::{Begin, OnStop, Order, Phase, Senseless, WhenFull, decide};
+use crate::freeze::{Begin, OnStop, Order, Phase, Senseless, decide};
 
 pub(super) const STEP: JobId = JobId(u64::MAX - 3);
 pub(super) const COMMIT: JobId = JobId(u64::MAX - 4);
 pub(super) const FORGET: JobId = JobId(u64::MAX - 5);
 /// How long after a step failed it is tried again.
 const STEP_RETRY: Duration = Duration::from_secs(1);
-/// The part of a limit that is taken at once.
-const RESERVE_SHARE: u64 = 4;
-
-/// The least limit of a shadow, in bytes, where the cache has blocks of so many:
-/// what is taken at once, and as much again.
-pub fn shadow_limit_min(block: u64) -> u64 {
-    2 * DIRTY_MIN * block
-}
 
 /// What a volume is told of its shadow.
 pub struct ShadowSide {
@@ -103,15 +95,15 @@ pub(super) struct Freezing {
     pub stage: Stage,
     pub side: Option<ShadowSide>,
     /// What the next chance is used for.
-    thaw: Option<Thaw>,
+    pub thaw: Option<Thaw>,
     /// A freeze that was ordered when the shadow was gone, and its removal not yet
     /// on stable storage.
     again: Option<[u8; 16]>,
     /// Whether a step is under way, and when one that failed is tried again.
-    step: bool,
+    pub step: bool,
     retry_at: Option<Instant>,
     /// The shadow takes no more: until when writes are not answered.
-    full: Option<Instant>,
+    pub full: Option<Instant>,
     /// What a stop does with a shadow.
     pub on_stop: OnStop,
     /// How many slots may be dirty when nothing is frozen.
@@ -122,7 +114,7 @@ pub(super) struct Freezing {
 
 /// A thaw that waits for its moment.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Thaw {
+pub(super) enum Thaw {
     Ordered,
     /// Nobody has: whoever copies the image must see that it moves.
     Unasked,
@@ -149,7 +141,7 @@ impl Freezing {
         self.forgetting.is_some()
     }
 
-    fn name(&self) -> &str {
+    pub fn name(&self) -> &str {
         self.side.as_ref().map_or("", |side| &side.name)
     }
 }
@@ -249,14 +241,6 @@ impl Volume {
         self.freezing.stage = Stage::Running;
     }
 
-    /// How many slots may be dirty while their only place may be a full disk's
-    /// shadow: as many as room is taken for at once.
-    fn reserve(&self, limit: Option<u64>) -> u32 {
-        let block = self.cache.block_bytes();
-        let most = limit.map_or(u64::MAX, |limit| limit / RESERVE_SHARE / block);
-        most.max(DIRTY_MIN).min(u64::from(self.freezing.dirty_max)) as u32
-    }
-
     fn begin_freeze(&mut self, uuid: [u8; 16]) {
         let limit = self.freezing.side.as_ref().and_then(|side| side.limit);
         let slots = self.reserve(limit);
@@ -285,7 +269,7 @@ impl Volume {
         self.submit_step(step);
     }
 
-    fn submit_step(&mut self, step: Step) {
+    pub(super) fn submit_step(&mut self, step: Step) {
         if let Some(side) = &mut self.freezing.side {
             self.freezing.step = true;
             side.disk.submit(STEP, Job::Step(step));
@@ -527,21 +511,6 @@ impl Volume {
         }
     }
 
-    /// Whether a write of so many sectors must go unanswered.
-    pub(super) fn holds_writes(&mut self, now: Instant, sectors: u64) -> bool {
-        match self.freezing.stage {
-            Stage::Running => false,
-            Stage::Held { .. } => true,
-            Stage::Frozen => {
-                if self.freezing.full.is_none() && self.is_over_limit(sectors) {
-                    self.shadow_is_full(now, false);
-                }
-                self.freezing.full.is_some()
-            }
-            _ => false,
-        }
-    }
-
     /// Whether a write of so many sectors that had to wait must wait on.
     pub(super) fn is_shadow_full_for(&mut self, now: Instant, sectors: u64) -> bool {
         let frozen = matches!(self.freezing.stage, Stage::Frozen);
@@ -557,52 +526,6 @@ impl Volume {
     /// kept takes them as little as any that come.
     pub(super) fn leaves_parked(&self) -> bool {
         self.draining && self.may_stop() && self.freezing.full.is_some()
-    }
-
-    /// Whether the shadow would have more than it may if all that is dirty, and
-    /// so many sectors more, went there: data, bitmap, and what was taken at once.
-    fn is_over_limit(&self, sectors: u64) -> bool {
-        let limit = self.freezing.side.as_ref().and_then(|side| side.limit);
-        let (Some(limit), Some(view)) = (limit, &self.view) else {
-            return false;
-        };
-        let (block, geometry) = (self.cache.block_bytes(), view.geometry);
-        let (dirty, dirty_max) = self.cache.dirty();
-        let more = u64::from(dirty) + (sectors * SECTOR).div_ceil(block) + 1;
-        let data = view.map.data_chunks() * geometry.chunk() + more * block;
-        // Both copies of each page, the headers, and what the filesystem needs
-        // to know where the chunks are.
-        let pages = geometry.pages().min(view.map.present() + more);
-        let bitmap = (pages + 1) * 8192 + data / 64;
-        data + bitmap + u64::from(dirty_max) * block > limit
-    }
-
-    /// The shadow can take no more.
-    pub(super) fn shadow_is_full(&mut self, now: Instant, no_space: bool) {
-        let frozen = matches!(self.freezing.stage, Stage::Frozen);
-        if !frozen || self.freezing.thaw.is_some() || self.freezing.full.is_some() {
-            return;
-        }
-        let name = self.freezing.name();
-        let why = if no_space {
-            "its filesystem is full"
-        } else {
-            "it has reached its limit"
-        };
-        match self.options.shadow_full {
-            WhenFull::Thaw => {
-                log::error!("shadow {name}: {why}; thawing");
-                self.freezing.thaw = Some(Thaw::Unasked);
-            }
-            WhenFull::Hold => {
-                log::error!("shadow {name}: {why}; no write is answered until a thaw");
-                self.freezing.full = Some(now + self.options.hold_max);
-                // For what is acknowledged and not there yet.
-                if no_space && !self.freezing.step {
-                    self.submit_step(Step::Release);
-                }
-            }
-        }
     }
 
     /// Where what is dirty is written back to now.
