@@ -343,6 +343,13 @@ impl Sessions {
         self.due(now, self.find(nic, mac)?, bytes)
     }
 
+    /// Replies may leave to everyone as fast as they can.
+    pub fn hurry(&mut self) {
+        for session in self.slots.iter_mut().flatten() {
+            session.pace.free();
+        }
+    }
+
     /// A frame of an initiator arrived damaged; how many have since it was
     /// written about last, if it is time to do so again.
     pub fn damaged(&mut self, now: Instant, id: SessionId) -> Option<u64> {

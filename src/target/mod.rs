@@ -416,6 +416,7 @@ impl Target {
     /// end; under way until [`is_idle`](Target::is_idle) says it is not.
     pub fn drain(&mut self) {
         self.volume.drain();
+        self.hurry();
     }
 
     /// The disk below.
