@@ -155,7 +155,7 @@ impl Bench {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(100))]
+    #![proptest_config(ProptestConfig::with_cases(60))]
 
     #[test]
     fn nothing_is_left_in_hand(steps in proptest::collection::vec(step(), 1..120)) {
