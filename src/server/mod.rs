@@ -273,6 +273,11 @@ impl Export {
             if port.queue.waiting() >= BATCH {
                 port.flush(|body| self.target.recycle(body));
             }
+            // Several reads of one frame: what they borrow goes back before the
+            // next frame wants as much.
+            if self.target.next_ready().is_some() {
+                self.send_ready();
+            }
         }
         if let Some((mac, id)) = rival {
             self.warn_of_rival(now, mac, id);

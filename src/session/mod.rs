@@ -28,6 +28,9 @@ pub const SESSIONS_MAX: usize = 1024;
 pub const SILENCE_MAX: Duration = Duration::from_secs(3600);
 /// How often it is written that an initiator's frames arrive damaged.
 const DAMAGE_LOG_INTERVAL: Duration = Duration::from_secs(1);
+/// How many lines about that there are in as long, whoever it is: who
+/// negotiates anew is a new initiator each time.
+const DAMAGE_LINES_MAX: u32 = 16;
 
 /// What an initiator has on.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -86,6 +89,9 @@ pub struct Sessions {
     slots: Vec<Option<Session>>,
     free: Vec<SessionId>,
     lives: u64,
+    /// Since when lines about damage are counted, and how many there were.
+    damage_since: Option<Instant>,
+    damage_lines: u32,
 }
 
 impl Sessions {
@@ -343,18 +349,32 @@ impl Sessions {
         self.due(now, self.find(nic, mac)?, bytes)
     }
 
+    /// Replies may leave to everyone as fast as they can.
+    pub fn hurry(&mut self) {
+        for session in self.slots.iter_mut().flatten() {
+            session.pace.free();
+        }
+    }
+
     /// A frame of an initiator arrived damaged; how many have since it was
     /// written about last, if it is time to do so again.
     pub fn damaged(&mut self, now: Instant, id: SessionId) -> Option<u64> {
+        let is_over = |since: Option<Instant>| {
+            since.is_none_or(|at| now.saturating_duration_since(at) >= DAMAGE_LOG_INTERVAL)
+        };
+        if is_over(self.damage_since) {
+            (self.damage_since, self.damage_lines) = (Some(now), 0);
+        }
+        let may_tell = self.damage_lines < DAMAGE_LINES_MAX;
         let damage = &mut self.get_mut(id)?.damage;
         damage.frames += 1;
-        let due = damage
-            .logged
-            .is_none_or(|last| now.saturating_duration_since(last) >= DAMAGE_LOG_INTERVAL);
-        due.then(|| {
-            damage.logged = Some(now);
-            std::mem::take(&mut damage.frames)
-        })
+        if !may_tell || !is_over(damage.logged) {
+            return None;
+        }
+        damage.logged = Some(now);
+        let frames = std::mem::take(&mut damage.frames);
+        self.damage_lines += 1;
+        Some(frames)
     }
 }
 

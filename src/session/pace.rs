@@ -69,6 +69,11 @@ impl Pace {
         });
     }
 
+    /// There is no limit any more.
+    pub fn free(&mut self) {
+        self.limit = None;
+    }
+
     /// A reply of so many bytes is ready: when it may leave, if not now.
     pub fn due(&mut self, now: Instant, bytes: usize) -> Option<Instant> {
         self.count(now, bytes);

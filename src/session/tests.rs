@@ -243,6 +243,23 @@ fn damage_is_told_once_a_second() {
 }
 
 #[test]
+fn who_negotiates_again_and_again_does_not_fill_the_log() {
+    let start = Instant::now();
+    let mut sessions = Sessions::default();
+    for second in 0..3 {
+        let now = start + Duration::from_secs(second);
+        let told = (0..100).filter(|n| {
+            assert!(sessions.grant(now, SMALL, many(*n), CRC));
+            let id = sessions.hear(now, SMALL, many(*n)).unwrap();
+            let told = sessions.damaged(now, id);
+            assert!(sessions.grant(now, SMALL, many(*n), Wish::Reset));
+            told.is_some()
+        });
+        assert_eq!(told.count(), DAMAGE_LINES_MAX as usize);
+    }
+}
+
+#[test]
 fn congestion_slows_its_sender_alone() {
     let now = Instant::now();
     let (mut sessions, id) = with(now, CRC);

@@ -2,7 +2,7 @@
 
 use super::{Action, Arrival, Target};
 use crate::sys::buffer::Body;
-use crate::wire::extensions::Strings;
+use crate::wire::extensions::{Strings, Wish};
 use crate::wire::{HEADER, Request, frame_max, pad};
 
 impl Target {
@@ -18,9 +18,14 @@ impl Target {
         let Arrival { now, nic, info } = *arrival;
         let end = request.frame.len().min(frame_max(info.mtu));
         let mut body = request.frame[HEADER..end].to_vec();
+        let asker = request.origin.source;
+        // Looked up once: to look for room among all that are remembered, for
+        // each of a thousand strings, would make everyone wait.
+        let has_room = self.sessions.has_room(now, nic, asker);
         for (place, wish) in strings.iter() {
-            let asker = request.origin.source;
-            let granted = wish.is_some_and(|wish| self.sessions.grant(now, nic, asker, wish));
+            let granted = wish.is_some_and(|wish| {
+                (has_room || wish == Wish::Reset) && self.sessions.grant(now, nic, asker, wish)
+            });
             let text = body.get_mut(place.start - HEADER..place.end - HEADER);
             if let (true, Some(text)) = (granted, text) {
                 text.make_ascii_uppercase();

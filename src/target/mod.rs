@@ -48,8 +48,9 @@ const SAVE: Token = Token(u32::MAX);
 /// How often a failing disk is written about.
 const ERROR_LOG_INTERVAL: Duration = Duration::from_secs(1);
 /// Replies that may be ready at once before no further read of a frame is
-/// taken: its initiator asks again.
-const READY_MAX: usize = 1024;
+/// taken: its initiator asks again. As many as one frame can ask for, since the
+/// loop sends them before it takes the next.
+const READY_MAX: usize = 256;
 
 /// What an export is, apart from what frames make of it.
 #[derive(Clone, Debug)]
@@ -415,6 +416,7 @@ impl Target {
     /// end; under way until [`is_idle`](Target::is_idle) says it is not.
     pub fn drain(&mut self) {
         self.volume.drain();
+        self.hurry();
     }
 
     /// The disk below.

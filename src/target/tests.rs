@@ -13,6 +13,7 @@ mod several;
 mod simulation;
 mod sums;
 mod tags;
+mod tangle;
 
 use std::cell::RefCell;
 use std::collections::VecDeque;

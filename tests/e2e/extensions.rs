@@ -10,6 +10,7 @@ use initiator::engine::model::Initial;
 use initiator::engine::{Block, Engine, Op, Plan, Report, Tags};
 use initiator::frame::{ATA, Ata, Directive, Frame, Reply, opcode};
 use initiator::lab::{self, Need};
+use nix::sys::signal::Signal;
 
 use crate::rig::{QUICK, Rig, SOON, each_engine};
 use crate::support::{Store, Wire, serve, stop};
@@ -338,6 +339,36 @@ fn several_reads_come_in_one_frame() {
         let frame = Frame::coalesced_read(first, 15, &entries);
         rig.ask(&frame);
         rig.nothing_else(None);
+    });
+}
+
+#[test]
+fn many_frames_with_many_reads_are_answered_at_once() {
+    each_engine("coalesced reads at once", &[], |rig| {
+        extend(&mut rig.client, &["coalesced_read"]);
+        let first = Ata {
+            aflags: 0x40,
+            count: 1,
+            opcode: opcode::READ_EXT,
+            ..Ata::default()
+        };
+        // So that it finds all of them when it looks.
+        rig.target.signal(Signal::SIGSTOP).unwrap();
+        for frame in 0..12u8 {
+            let tag = |n| [7, 7, frame, n];
+            let entries: Vec<_> = (1..=90u8).map(|n| (tag(n), u64::from(n) % 60, 1)).collect();
+            let frame = Frame::coalesced_read(first, 90, &entries);
+            rig.client.send(&frame.tag_bytes(tag(0))).unwrap();
+        }
+        rig.target.signal(Signal::SIGCONT).unwrap();
+        let mut tags: Vec<_> = ata_replies(&mut rig.client, 12 * 91)
+            .iter()
+            .map(Reply::tag_bytes)
+            .collect();
+        tags.sort_unstable();
+        tags.dedup();
+        assert_eq!(tags.len(), 12 * 91);
+        extend(&mut rig.client, &["reset"]);
     });
 }
 

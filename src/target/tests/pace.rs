@@ -116,3 +116,28 @@ fn replies_that_wait_borrow_nothing() {
         assert!(reply.crc_matches(2));
     }
 }
+
+#[test]
+fn a_stop_waits_for_nobodys_pace() {
+    let mut bench = Bench::new();
+    bench.shut();
+    let read = |lba: u64| Ask::read(lba, 2);
+    for n in 1..30 {
+        let got = bench.tagged(SMALL, ALICE, n, &read(u64::from(n)));
+        assert!(matches!(got, Got::Parked));
+    }
+    for number in 0..20 {
+        let number = number.to_string();
+        bench.extend(SMALL, ALICE, &["congestion", &number]);
+    }
+    for n in 30..60 {
+        bench.tagged(SMALL, ALICE, n, &Ask::identify());
+    }
+    assert!(!bench.target.is_idle());
+    bench.target.drain();
+    bench.open();
+    // However slowly it wants its replies, they do not make the end late.
+    let replies = bench.pump().len();
+    assert!(replies > 50, "{replies}");
+    assert!(bench.target.is_idle());
+}

@@ -2,6 +2,7 @@
 //! dropped, and none that is done twice, or acknowledged and never done.
 
 use super::*;
+use crate::freeze::Order;
 use initiator::frame::{Ata, opcode};
 
 pub(super) const COUNTING: &[&str] = &["tag_inc_be"];
@@ -271,6 +272,32 @@ fn what_finds_no_room_is_done_when_it_comes_again() {
         let at = 8 * n * 512;
         same(&bench.bytes()[at..at + 512], &sectors(n as u8 + 1, 1));
     }
+}
+
+#[test]
+fn a_write_that_a_freeze_holds_is_done_after_the_thaw() {
+    let mut bench = counting();
+    let (one, two) = (Ask::write(3, &sectors(1, 1)), Ask::write(3, &sectors(2, 1)));
+    assert_eq!(registers(&bench.answered(100, &one)), OK);
+    let order = |bench: &mut Bench, order| {
+        let now = bench.now;
+        bench.target.volume().order(now, order, [0; 16]).unwrap();
+    };
+    order(&mut bench, Order::Freeze);
+    for _ in 0..2 {
+        // Not answered, and not marked either.
+        let held = bench.tagged(SMALL, ALICE, 101, &two);
+        assert!(matches!(held, Got::Dropped(Dropped::NoRoom)), "{held:?}");
+    }
+    // What was acknowledged before is so again; reads go on.
+    assert_eq!(registers(&bench.answered(100, &one)), OK);
+    let reply = bench.answered(102, &Ask::read(3, 1));
+    same(reply.sectors(1).unwrap(), &sectors(1, 1));
+    order(&mut bench, Order::Thaw);
+    assert_eq!(registers(&bench.answered(101, &two)), OK);
+    assert_eq!(registers(&bench.answered(101, &two)), OK);
+    assert_eq!(bench.duplicates(), 2);
+    same(&bench.bytes()[3 * 512..4 * 512], &sectors(2, 1));
 }
 
 #[test]
