@@ -259,9 +259,6 @@ fn usr_signals_in_any_number_end_nothing() {
     let mut client = lab.client(0);
     for count in [0, 3, 7] {
         for _ in 0..count {
-            // Of those that are pending together some would be lost, and the
-            // rest might be an order.
-            wait_until("USR1 to be counted", soon(), || is_nothing_pending(&target)).unwrap();
             target.signal(Signal::SIGUSR1).unwrap();
             all_counted(&target);
         }
@@ -287,7 +284,7 @@ fn usr1_and_usr2_back_to_back_are_always_one_and_one() {
     thread::scope(|scope| {
         let load = Load::start(scope, &lab.peer, "ini0", 0, Temper::Strict);
         for round in 0..200 {
-            let count = 3 + round % 2;
+            let count = 1 + round % 2;
             for n in 0..count {
                 if n > 0 {
                     all_counted(&target);
