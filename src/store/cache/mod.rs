@@ -56,17 +56,21 @@ enum State {
     Written,
 }
 
-/// What is known of a slot: what every read looks at comes first, so that it
-/// lies in one line of the processor's cache.
-#[derive(Clone, Copy, Debug)]
-#[repr(C)]
-struct Meta {
+/// What every read looks at: so little that all of it stays in the processor's
+/// cache.
+#[derive(Clone, Copy, Debug, Default)]
+struct Hot {
+    /// The block that the slot holds, as in its [`Meta`].
     block: u64,
     /// Sectors that are here.
     valid: u64,
+}
+
+/// What else is known of a slot.
+#[derive(Clone, Copy, Debug)]
+struct Meta {
+    block: u64,
     state: State,
-    /// Used since the clock's hand was here.
-    referenced: bool,
     /// Whether this is the block's present version.
     present: bool,
     /// Whether an older version of the block is still being written back.
@@ -121,6 +125,9 @@ pub struct Cache {
     /// The disk takes whole groups of so many sectors.
     group: u32,
     meta: Vec<Meta>,
+    hot: Vec<Hot>,
+    /// Which slots were used since the clock's hand was there.
+    referenced: Vec<bool>,
     index: Index,
     free: Vec<u32>,
     /// Slots that hold nothing but are still lent out.
@@ -186,7 +193,6 @@ impl Cache {
             block: 0,
             sequence: 0,
             epoch: epochs.current(),
-            valid: 0,
             dirty: 0,
             unsent: 0,
             sent: 0,
@@ -197,7 +203,6 @@ impl Cache {
             present: false,
             waits: false,
             reads: false,
-            referenced: false,
             guard: 0,
             holds: 0,
             previous: NONE,
@@ -207,6 +212,8 @@ impl Cache {
             sectors: arena.block() as u64 / SECTOR,
             group: (align as u64 / SECTOR).max(1) as u32,
             meta: vec![empty; count as usize],
+            hot: vec![Hot::default(); count as usize],
+            referenced: vec![false; count as usize],
             index: Index::new(count),
             free: (0..count).rev().collect(),
             limbo: Vec::new(),
@@ -286,8 +293,7 @@ impl Cache {
     }
 
     fn find(&self, block: u64) -> Option<u32> {
-        self.index
-            .find(block, |slot| self.meta[slot as usize].block)
+        self.index.find(block, |slot| self.hot[slot as usize].block)
     }
 
     /// The data of an extent that lies within one block, all of it here.
@@ -303,14 +309,10 @@ impl Cache {
             at: 0,
         };
         let slot = self.find(piece.block)?;
-        let meta = &mut self.meta[slot as usize];
-        if meta.valid & piece.mask() != piece.mask() {
+        if self.hot[slot as usize].valid & piece.mask() != piece.mask() {
             return None;
         }
-        // Read first: a store would take the line from the other processors.
-        if !meta.referenced {
-            meta.referenced = true;
-        }
+        self.referenced[slot as usize] = true;
         let (at, len) = piece.bytes();
         self.arena.lend(slot, at, len)
     }
@@ -326,7 +328,7 @@ impl Cache {
         for piece in self.pieces(extent) {
             let valid = self
                 .find(piece.block)
-                .map_or(0, |s| self.meta[s as usize].valid);
+                .map_or(0, |s| self.hot[s as usize].valid);
             any |= valid & piece.mask() != 0;
             all &= valid & piece.mask() == piece.mask();
         }
@@ -343,9 +345,8 @@ impl Cache {
             let Some(slot) = self.find(piece.block) else {
                 continue;
             };
-            let meta = &mut self.meta[slot as usize];
-            meta.referenced = true;
-            for (first, count) in runs(meta.valid & piece.mask()) {
+            self.referenced[slot as usize] = true;
+            for (first, count) in runs(self.hot[slot as usize].valid & piece.mask()) {
                 let part = Piece {
                     first,
                     count,
@@ -401,13 +402,12 @@ impl Cache {
             let Some(slot) = self.take_slot() else { return };
             let (at, len) = piece.bytes();
             self.arena.write(slot, at, &data[piece.at..piece.at + len]);
+            self.fill_slot(slot, piece.block, piece.mask());
+            self.referenced[slot as usize] = false;
             let meta = &mut self.meta[slot as usize];
-            meta.block = piece.block;
-            meta.valid = piece.mask();
             meta.dirty = 0;
             meta.state = State::Clean;
             meta.present = true;
-            meta.referenced = false;
             self.index.insert(piece.block, slot);
         }
     }
@@ -461,6 +461,12 @@ impl Cache {
         Ok(self.epochs.current())
     }
 
+    /// Says which sectors of which block a slot holds.
+    fn fill_slot(&mut self, slot: u32, block: u64, valid: u64) {
+        self.meta[slot as usize].block = block;
+        self.hot[slot as usize] = Hot { block, valid };
+    }
+
     /// The slot of a block that may be written where it is: it is clean, so
     /// does not count in the arena, and nobody reads it now.
     fn in_place(&self, block: u64) -> Option<u32> {
@@ -476,13 +482,13 @@ impl Cache {
         if fresh == NONE {
             let Some(slot) = old else { return };
             self.arena.write(slot, at, data);
-            self.meta[slot as usize].valid |= mask;
+            self.hot[slot as usize].valid |= mask;
             self.make_dirty(slot, mask, now);
             self.queue_back(slot);
             return;
         }
         let before = old.map(|slot| self.meta[slot as usize]);
-        let kept = before.map_or(0, |m| m.valid & !mask);
+        let kept = old.map_or(0, |slot| self.hot[slot as usize].valid & !mask);
         if let Some(old) = old {
             for (first, count) in runs(kept) {
                 let (at, len) = Piece {
@@ -495,9 +501,7 @@ impl Cache {
             }
         }
         self.arena.write(fresh, at, data);
-        let meta = &mut self.meta[fresh as usize];
-        meta.block = piece.block;
-        meta.valid = kept | mask;
+        self.fill_slot(fresh, piece.block, kept | mask);
         match old.filter(|slot| self.is_older(*slot)) {
             Some(old) => self.lift(old, fresh, mask, now),
             None => self.supersede(old, fresh, before.map_or(0, |m| m.dirty) | mask, now),
@@ -575,9 +579,9 @@ impl Cache {
         meta.failed = false;
         meta.reads = false;
         meta.present = true;
-        meta.referenced = true;
-        let block = meta.block;
-        let generation = self.generations.of_line(meta.line);
+        let (block, line) = (meta.block, meta.line);
+        let generation = self.generations.of_line(line);
+        self.referenced[slot as usize] = true;
         self.arena
             .publish(slot, self.sequence, block, dirty, generation);
     }
@@ -589,12 +593,13 @@ impl Cache {
             let Some(slot) = self.find(piece.block) else {
                 continue;
             };
-            let meta = &mut self.meta[slot as usize];
+            let meta = &self.meta[slot as usize];
             debug_assert_eq!(meta.state, State::Clean);
-            meta.valid &= !piece.mask();
+            let hot = &mut self.hot[slot as usize];
+            hot.valid &= !piece.mask();
             // A read of other sectors of the block may hold it; then it goes when
             // its slot is wanted.
-            if meta.valid == 0 && meta.holds == 0 {
+            if hot.valid == 0 && meta.holds == 0 {
                 self.index.remove(piece.block, slot);
                 self.release(slot);
             }
@@ -605,11 +610,11 @@ impl Cache {
     /// may be other data when it grows again.
     pub fn cut(&mut self, end: Lba) {
         let sectors = self.sectors;
-        let clean = |meta: &&mut Meta| meta.present && meta.state == State::Clean;
-        for meta in self.meta.iter_mut().filter(clean) {
-            let kept = end.0.saturating_sub(meta.block * sectors);
+        let slots = self.meta.iter().zip(&mut self.hot);
+        for (_, hot) in slots.filter(|(meta, _)| meta.present && meta.state == State::Clean) {
+            let kept = end.0.saturating_sub(hot.block * sectors);
             if kept < sectors {
-                meta.valid &= (1 << kept) - 1;
+                hot.valid &= (1 << kept) - 1;
             }
         }
     }
@@ -631,9 +636,10 @@ impl Cache {
             if meta.state != State::Clean || meta.guard == self.operation || meta.holds > 0 {
                 continue;
             }
-            if meta.referenced {
-                meta.referenced = false;
-            } else if !self.arena.is_lent(slot) {
+            if std::mem::take(&mut self.referenced[slot as usize]) {
+                continue;
+            }
+            if !self.arena.is_lent(slot) {
                 let block = meta.block;
                 meta.state = State::Free;
                 meta.present = false;

@@ -164,7 +164,7 @@ impl Cache {
                 .mask();
             }
         }
-        if mask & !meta.valid != 0 {
+        if mask & !self.hot[slot as usize].valid != 0 {
             // Back to the end of the queue until the rest has been read: the
             // groups alone, since the block may reach past the end of the disk.
             let (first, last) = (mask.trailing_zeros(), 63 - mask.leading_zeros());
@@ -226,7 +226,8 @@ impl Cache {
             let ready =
                 matches!(meta.state, State::Planned | State::Dirty) && !(meta.waits || meta.reads);
             // Only what can be joined: from its first sector, without reading.
-            let whole = self.group == 1 || meta.valid.count_ones() as u64 == self.sectors;
+            let whole = self.group == 1
+                || self.hot[next as usize].valid.count_ones() as u64 == self.sectors;
             if !ready || meta.dirty & 1 == 0 || !whole {
                 break;
             }
@@ -265,7 +266,8 @@ impl Cache {
                 continue;
             };
             let before = self.meta[old as usize];
-            let missing = piece.mask() & !before.valid;
+            let valid = self.hot[old as usize].valid;
+            let missing = piece.mask() & !valid;
             if missing == 0 || !matches!(before.state, State::Dirty | State::Planned) {
                 continue;
             }
@@ -273,7 +275,7 @@ impl Cache {
             let Some(fresh) = self.take_slot() else {
                 continue;
             };
-            for (first, count) in runs(before.valid) {
+            for (first, count) in runs(valid) {
                 let (at, len) = super::Piece {
                     first,
                     count,
@@ -292,9 +294,7 @@ impl Cache {
                 let from = piece.at + (first - piece.first) as usize * SECTOR as usize;
                 self.arena.write(fresh, at, &data[from..from + len]);
             }
-            let meta = &mut self.meta[fresh as usize];
-            meta.block = piece.block;
-            meta.valid = before.valid | missing;
+            self.fill_slot(fresh, piece.block, valid | missing);
             self.supersede(Some(old), fresh, before.dirty, now);
         }
     }
