@@ -395,7 +395,13 @@ impl Target {
     }
 
     /// A request's disk work has ended.
-    pub(super) fn completed(&mut self, now: Instant, parked: Parked, data: Option<Body>, ok: bool) {
+    pub(super) fn completed(
+        &mut self,
+        now: Instant,
+        parked: Parked,
+        data: Option<Body>,
+        mut ok: bool,
+    ) {
         let Parked {
             nic,
             origin,
@@ -414,6 +420,7 @@ impl Target {
             if begun.is_ok() {
                 return;
             }
+            ok = false;
         }
         let written = ok && matches!(what, Pending::Write { .. });
         let heard = life.is_none_or(|life| {
