@@ -162,14 +162,24 @@ pub fn order(target: &Process, count: usize) {
 
 /// The same, of a target that may be dead.
 fn try_order(target: &Process, count: usize) -> initiator::error::Result<()> {
-    // Not a wait: equal signals that are pending together are one.
-    const PAUSE: Duration = Duration::from_millis(10);
     for _ in 0..count {
-        std::thread::sleep(PAUSE);
         target.signal(Signal::SIGUSR1)?;
+        all_taken(target);
     }
-    std::thread::sleep(PAUSE);
-    target.signal(Signal::SIGUSR2)
+    target.signal(Signal::SIGUSR2)?;
+    all_taken(target);
+    Ok(())
+}
+
+/// Waits until no signal of a process is pending any more: equal ones that are
+/// pending together are one, however long a pause the sender makes.
+fn all_taken(target: &Process) {
+    let status = format!("/proc/{}/status", target.pid());
+    until("the signal to be taken", || {
+        let text = fs::read_to_string(&status).unwrap_or_default();
+        let mut pending = text.lines().filter(|line| line.starts_with("ShdPnd:"));
+        pending.all(|line| line.ends_with("\t0000000000000000")) || text.contains("State:\tZ")
+    });
 }
 
 #[track_caller]

@@ -30,7 +30,16 @@ fn is_dead(target: &mut Process) -> bool {
 /// Waits for something, or for the target's end.
 #[track_caller]
 fn until_dead_or(target: &mut Process, what: &str, mut done: impl FnMut() -> bool) {
-    until(what, || is_dead(target) || done());
+    let deadline = soon();
+    while !is_dead(target) && !done() {
+        let said = || target.output().join("\n");
+        assert!(
+            !deadline.passed(),
+            "waited for too long: {what}: {}",
+            said()
+        );
+        std::thread::sleep(Duration::from_millis(2));
+    }
 }
 
 /// A whole freeze, in which the n-th of these calls is the target's last; says
