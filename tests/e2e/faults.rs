@@ -424,6 +424,17 @@ fn what_is_dirty_goes_to_the_disk_when_nobody_asks() {
     })
     .unwrap();
     assert!(bed.store.sectors(9, 1) == [5; 512]);
+    // The kernel's answer is there before the target has taken it in.
+    wait_until(
+        "nothing to count in the arena",
+        Deadline::seconds(20),
+        || {
+            let bytes = fs::read(bed.store.arena()).unwrap();
+            let word = |n: usize| u64::from_le_bytes(bytes[n * 8..][..8].try_into().unwrap());
+            (0..word(2) as usize).all(|slot| word(64 + 8 * slot) == 0)
+        },
+    )
+    .unwrap();
     // So a death finds nothing to bring to the image.
     target.kill().unwrap();
     let said = stop(bed.start(&[])).join("\n");
