@@ -15,6 +15,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use nix::sys::statfs::{TMPFS_MAGIC, statfs};
 use nix::sys::statvfs::statvfs;
+use shadow::paths::sync_directory;
 use shadow::{BlockFile, SECTOR};
 use toml::{Table, Value};
 
@@ -278,10 +279,6 @@ fn write_record(
         id: *id,
         boot,
     })
-}
-
-fn sync_directory(of: &Path) -> io::Result<()> {
-    fs::File::open(of.parent().unwrap_or(of))?.sync_all()
 }
 
 /// What a record says.
