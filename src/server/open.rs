@@ -129,6 +129,8 @@ pub(super) fn open(options: &Options) -> Result<Export, ServeError> {
         .max()
         .unwrap_or(0);
     let volume_options = VolumeOptions {
+        export: address.to_string(),
+        image: image.path().display().to_string(),
         align: image.align(),
         direct: options.image.direct,
         write_through: prepared.write_through,

@@ -121,8 +121,12 @@ pub struct Failures {
 }
 
 /// How a volume treats its disk.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct VolumeOptions {
+    /// Name of the export in log lines, such as `e1.1`.
+    pub export: String,
+    /// Name of the image in log lines: its path as it was given.
+    pub image: String,
     /// The disk takes whole blocks of so many bytes.
     pub align: usize,
     /// There is no page cache between the disk and us.
@@ -222,6 +226,7 @@ impl Volume {
         // What a process before us wrote may not be synced: the first flush
         // syncs in any case.
         cache.record_outside(now);
+        let request_max = options.request_max;
         Volume {
             disk,
             bounds,
@@ -266,7 +271,7 @@ impl Volume {
             cache,
             options,
         }
-        .with_request_max(options.request_max)
+        .with_request_max(request_max)
     }
 
     fn with_request_max(mut self, bytes: usize) -> Volume {
@@ -304,6 +309,16 @@ impl Volume {
     /// Whether writes are refused since the disk does not take them.
     pub fn is_degraded(&self) -> bool {
         self.trouble.is_degraded()
+    }
+
+    /// Name of the export in log lines.
+    pub(super) fn export(&self) -> &str {
+        &self.options.export
+    }
+
+    /// Name of the image in log lines.
+    pub(super) fn image(&self) -> &str {
+        &self.options.image
     }
 
     /// The last failure that was not asked for yet.

@@ -380,7 +380,7 @@ impl Target {
                 .is_none_or(|last| now - last >= ERROR_LOG_INTERVAL);
             if due {
                 self.error_logged = Some(now);
-                log::error!("{error}");
+                log::error!("{}: {error}", self.settings.address);
             }
         }
     }

@@ -287,6 +287,8 @@ impl Bench {
         let arena = Arena::anonymous(4096, room.slots).unwrap();
         let cache = Cache::new(arena, 1, room.dirty_max);
         let options = VolumeOptions {
+            export: "e1.1".into(),
+            image: "disk.img".into(),
             align: 1,
             direct: false,
             write_through: room.write_through,

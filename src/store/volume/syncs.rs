@@ -239,7 +239,11 @@ impl Volume {
                 .epoch
                 .is_none_or(|epoch| self.cache.is_synced(epoch));
             if over && std::mem::take(&mut self.trouble).degraded {
-                log::warn!("the disk takes writes again");
+                log::warn!(
+                    "{}: {}: the disk takes writes again",
+                    self.export(),
+                    self.image()
+                );
             }
         } else {
             self.failed(now);
@@ -269,8 +273,10 @@ impl Volume {
         if !trouble.degraded && (trouble.rounds >= ROUNDS_MAX || now - since >= FAILING_MAX) {
             trouble.degraded = true;
             log::error!(
-                "the disk does not take writes: new ones are refused, reads go on; \
+                "{}: {}: the disk does not take writes: new ones are refused, reads go on; \
                  it is tried again every {} s",
+                self.options.export,
+                self.options.image,
                 PROBE.as_secs()
             );
         }

@@ -27,6 +27,8 @@ fn window_start(align: usize) -> u64 {
 
 fn options(direct: bool, align: usize) -> VolumeOptions {
     VolumeOptions {
+        export: "e1.1".into(),
+        image: "disk.img".into(),
         align,
         direct,
         write_through: false,
