@@ -272,6 +272,14 @@ pub trait Disk {
 }
 
 impl Job {
+    /// `true` if the job only reads, so that nothing durable waits for it.
+    pub(super) fn is_read(&self) -> bool {
+        matches!(
+            self,
+            Job::Read { .. } | Job::Gather { .. } | Job::Prefetch { .. } | Job::Verify { .. }
+        )
+    }
+
     /// Does the job, on whatever thread this is.
     pub(super) fn run(self, id: JobId, backing: &dyn Backing) -> Done {
         let fail = |kind, offset, result: io::Result<()>| {

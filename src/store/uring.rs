@@ -1,6 +1,6 @@
 //! The engine of io_uring: the kernel does reads, writes and syncs while the
-//! loop goes on; a thread or two do what it has no operation for, and what it
-//! did only in part.
+//! loop goes on; a few threads do what it has no operation for, and what it did
+//! only in part.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -16,8 +16,9 @@ use super::volume::PARKED_MAX;
 use crate::sys::buffer::BufSlice;
 use crate::sys::uring::{Ended, Held, Uring};
 
-/// Threads for the rest.
-const HELPERS: usize = 2;
+/// Threads of each lane for the rest: a discard and a state save may be slow, and
+/// a write still has one.
+const HELPERS: usize = 3;
 
 /// What must be known of a job to make something of its result.
 #[derive(Clone, Copy, Debug)]
