@@ -3,7 +3,8 @@
 //!
 //! What one initiator does here changes nothing for another. Only those with an
 //! extension on are remembered, a bounded number of them; one that is not heard
-//! for an hour is forgotten. For all others a frame costs one look whether there
+//! for an hour is forgotten. When there is no place left, one that has never sent
+//! an ATA request gives its place to a newcomer. For all others a frame costs one look whether there
 //! is anybody at all.
 
 mod pace;
@@ -69,6 +70,8 @@ type Key = (NicId, MacAddr);
 struct Session {
     key: Key,
     heard: Instant,
+    /// `true` once it has sent an ATA request.
+    is_used: bool,
     extensions: Extensions,
     history: History,
     pace: Pace,
@@ -89,6 +92,9 @@ pub struct Sessions {
     slots: Vec<Option<Session>>,
     free: Vec<SessionId>,
     lives: u64,
+    /// Where the next search for a place begins, so that those that give way do
+    /// so in the order of their arrival.
+    hand: usize,
     /// Since when lines about damage are counted, and how many there were.
     damage_since: Option<Instant>,
     damage_lines: u32,
@@ -105,6 +111,13 @@ impl Sessions {
         }
         session.heard = now;
         Some(id)
+    }
+
+    /// Takes note of an ATA request: its initiator keeps its place.
+    pub fn uses(&mut self, id: SessionId) {
+        if let Some(session) = self.get_mut(id) {
+            session.is_used = true;
+        }
     }
 
     fn find(&self, nic: NicId, mac: MacAddr) -> Option<SessionId> {
@@ -148,14 +161,20 @@ impl Sessions {
     pub fn has_room(&self, now: Instant, nic: NicId, mac: MacAddr) -> bool {
         self.by_key.len() < SESSIONS_MAX
             || self.by_key.contains_key(&(nic, mac))
-            || self.silent(now).next().is_some()
+            || self.gives_way(now).is_some()
     }
 
-    /// Those that are to be forgotten.
-    fn silent(&self, now: Instant) -> impl Iterator<Item = Key> + '_ {
-        let sessions = self.slots.iter().flatten();
-        let silent = move |session: &&Session| is_silent(session, now);
-        sessions.filter(silent).map(|session| session.key)
+    /// One that loses its place to a newcomer: it is silent for too long, or has
+    /// never sent an ATA request.
+    fn gives_way(&self, now: Instant) -> Option<SessionId> {
+        let (first, rest) = (self.hand..self.slots.len(), 0..self.hand);
+        first
+            .chain(rest)
+            .find(|index| {
+                let session = self.slots.get(*index).and_then(Option::as_ref);
+                session.is_some_and(|session| !session.is_used || is_silent(session, now))
+            })
+            .map(|index| SessionId(index as u32))
     }
 
     /// Carries a wish out for the initiator who has it; `false` if there is no
@@ -205,17 +224,14 @@ impl Sessions {
             return known;
         }
         if self.by_key.len() >= SESSIONS_MAX {
-            let silent: Vec<Key> = self.silent(now).collect();
-            for (nic, mac) in silent {
-                self.forget_asker(nic, mac);
-            }
-        }
-        if self.by_key.len() >= SESSIONS_MAX {
-            return None;
+            let id = self.gives_way(now)?;
+            self.forget(id);
+            self.hand = id.0 as usize + 1;
         }
         let session = Session {
             key: (nic, mac),
             heard: now,
+            is_used: false,
             extensions: Extensions::default(),
             history: History::default(),
             pace: Pace::new(now),

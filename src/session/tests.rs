@@ -86,6 +86,8 @@ fn more_than_can_be_remembered_are_not() {
     let mut sessions = Sessions::default();
     for n in 0..SESSIONS_MAX {
         assert!(sessions.grant(start, SMALL, many(n), CRC));
+        let id = sessions.hear(start, SMALL, many(n)).unwrap();
+        sessions.uses(id);
     }
     let now = start + SILENCE_MAX - Duration::from_millis(1);
     assert!(!sessions.has_room(now, SMALL, A));
@@ -102,14 +104,44 @@ fn more_than_can_be_remembered_are_not() {
     let now = start + SILENCE_MAX;
     assert!(sessions.has_room(now, SMALL, A));
     assert!(sessions.grant(now, SMALL, A, CRC));
-    assert_eq!(sessions.len(), SESSIONS_MAX / 2 + 1);
-    assert!(sessions.extensions(SMALL, many(7)).crc8x4);
+    assert!(sessions.extensions(SMALL, A).crc8x4);
+    for n in 0..SESSIONS_MAX / 2 {
+        assert!(sessions.extensions(SMALL, many(n)).crc8x4, "{n}");
+    }
     // Places are used again.
     for n in 0..10 * SESSIONS_MAX {
         sessions.grant(now, OTHER, many(n), CRC);
         sessions.grant(now, OTHER, many(n), Wish::Reset);
     }
     assert!(sessions.slots.len() <= SESSIONS_MAX);
+}
+
+#[test]
+fn hosts_that_never_sent_an_ata_request_give_way_to_newcomers() {
+    let now = Instant::now();
+    let (mut sessions, id) = with(now, CRC);
+    sessions.uses(id);
+    for n in 0..5 * SESSIONS_MAX {
+        assert!(sessions.has_room(now, SMALL, many(n)));
+        assert!(sessions.grant(now, SMALL, many(n), CRC), "{n}");
+        assert!(sessions.len() <= SESSIONS_MAX);
+    }
+    // One that negotiates now has its place until it has sent its first request,
+    // since those before it go first.
+    assert!(sessions.grant(now, SMALL, B, COUNTING));
+    for n in 0..SESSIONS_MAX - 2 {
+        assert!(sessions.grant(now, OTHER, many(n), CRC), "{n}");
+    }
+    let id = sessions.hear(now, SMALL, B).unwrap();
+    sessions.uses(id);
+    for n in 0..2 * SESSIONS_MAX {
+        assert!(sessions.grant(now, SMALL, many(n), CRC), "{n}");
+    }
+    assert_eq!(sessions.extensions(SMALL, B).tags, Tags::CountBe);
+    assert!(sessions.extensions(SMALL, A).crc8x4);
+    // More of the same initiator is no matter of places.
+    assert!(sessions.grant(now, SMALL, B, CRC));
+    assert_eq!(sessions.extensions(SMALL, B).tags, Tags::CountBe);
 }
 
 #[test]

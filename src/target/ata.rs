@@ -258,11 +258,18 @@ impl Target {
             life,
         };
         let durable = self.is_durable();
+        // A write of no sectors marks no tag: a later write with that tag is
+        // another one, and must be carried out.
+        let marks = match &order {
+            Order::Write(extent, _) => !extent.is_empty(),
+            Order::Trim(extents) => !extents.is_empty(),
+            _ => false,
+        };
         let begun = match order {
             Order::Read(extent) | Order::Verify(extent) if extent.is_empty() => {
                 Ok(Work::Done(None))
             }
-            Order::Write(extent, _) if extent.is_empty() => Ok(Work::Done(None)),
+            Order::Write(..) | Order::Trim(_) if !marks => Ok(Work::Done(None)),
             Order::Read(extent) => {
                 let who = reader(nic, &origin);
                 let begun = self.park(parked(Pending::Read), |volume, token| {
@@ -337,10 +344,8 @@ impl Target {
         };
         match begun {
             Ok(Work::Done(body)) => {
-                if let (Some(id), Some(_)) = (ask.session, life) {
-                    if drive::is_write(&taskfile) {
-                        self.sessions.mark(id, origin.tag);
-                    }
+                if let (Some(id), Some(_), true) = (ask.session, life, marks) {
+                    self.sessions.mark(id, origin.tag);
                 }
                 Served::Answer(Answer {
                     body,

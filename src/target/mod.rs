@@ -259,6 +259,9 @@ impl Target {
         let session = self.sessions.hear(now, nic, request.origin.source);
         match request.command {
             Command::Ata(taskfile, payload) => {
+                if let Some(id) = session {
+                    self.sessions.uses(id);
+                }
                 let ask = Ask {
                     arrival,
                     origin: request.origin,

@@ -168,6 +168,56 @@ fn equal_tags_of_two_hosts_are_two_writes() {
     });
 }
 
+#[test]
+fn a_write_of_no_sectors_takes_nothing_from_the_next() {
+    each_engine("tags of writes of no sectors", &[], |rig| {
+        extend(&mut rig.client, &["tag_inc_be"]);
+        // From someone else under this address: the write behind it was
+        // acknowledged and not done.
+        for (n, op) in [opcode::WRITE_EXT, opcode::WRITE_DMA]
+            .into_iter()
+            .enumerate()
+        {
+            let tag = 0x1000 + n as u32;
+            let registers = Ata {
+                opcode: op,
+                ..Ata::default()
+            };
+            let nothing = Frame::ata(registers, &[]).tag(tag);
+            assert_eq!(outcome(&rig.ask(&nothing)), OK);
+            let write = Frame::write(3, &[n as u8 + 1; 512]).tag(tag);
+            assert_eq!(outcome(&rig.ask(&write)), OK);
+            assert_eq!(rig.client.read(3, 1).unwrap(), [n as u8 + 1; 512]);
+        }
+        extend(&mut rig.client, &["reset"]);
+    });
+}
+
+#[test]
+fn random_addresses_keep_no_newcomer_out() {
+    each_engine("extensions of random addresses", &[], |rig| {
+        let flood = |rig: &mut Rig| {
+            for n in 0..1100u16 {
+                let [high, low] = n.to_be_bytes();
+                let mac = MacAddr([2, 7, 0, 0, high, low]);
+                let frame = Frame::extensions(&["crc8x4"]).from(mac);
+                let bytes = frame.encode(&rig.client.defaults());
+                rig.client.send_raw(&bytes).unwrap();
+                if n % 100 == 99 {
+                    rig.client.config_read().unwrap();
+                }
+            }
+        };
+        flood(rig);
+        // Granted, and kept since it is used.
+        extend(&mut rig.client, &["crc8x4"]);
+        assert!(rig.ask(&Frame::read(0, 2)).crc_matches(2));
+        flood(rig);
+        assert!(rig.ask(&Frame::read(0, 2)).crc_matches(2));
+        extend(&mut rig.client, &["reset"]);
+    });
+}
+
 /// A load on a wire that loses and doubles frames; the options are those of the
 /// target.
 fn on_a_bad_wire(name: &str, options: &[&str], plan: Plan) {

@@ -331,6 +331,8 @@ fn when_no_more_can_be_remembered_wishes_stay_small() {
         let mac = MacAddr([2, 7, 0, 0, (n >> 8) as u8, n as u8]);
         let wish = crate::wire::extensions::Wish::On(crate::wire::extensions::Extension::Crc8x4);
         assert!(bench.target.sessions.grant(now, SMALL, mac, wish));
+        let id = bench.target.sessions.hear(now, SMALL, mac).unwrap();
+        bench.target.sessions.uses(id);
     }
     let said = bench.extend(SMALL, ALICE, &["reset", "crc8x4", "congestion", "1"]);
     assert_eq!(said, ["RESET", "crc8x4", "congestion", "1"]);
@@ -339,6 +341,32 @@ fn when_no_more_can_be_remembered_wishes_stay_small() {
     bench.now += SILENCE_MAX;
     assert_eq!(bench.extend(SMALL, ALICE, &["crc8x4"]), ["CRC8X4"]);
     assert_eq!(bench.direct(BOB, &[on("crc8x4")]), (0, 0));
+}
+
+#[test]
+fn random_addresses_keep_no_newcomer_out() {
+    let mut bench = Bench::new();
+    let negotiate = |bench: &mut Bench| {
+        for n in 0..SESSIONS_MAX as u32 + 10 {
+            let [_, _, high, low] = n.to_be_bytes();
+            let bytes = bench.encode(SMALL, ALICE, &Ask::extensions(&["crc8x4"]));
+            let source = [2, 7, 0, 0, high, low];
+            let bytes = [&bytes[..6], &source, &bytes[12..]].concat();
+            assert!(matches!(bench.hand(SMALL, &bytes), Got::Reply(_)));
+        }
+    };
+    negotiate(&mut bench);
+    // Through both doors.
+    assert_eq!(bench.extend(SMALL, ALICE, &["crc8x4"]), ["CRC8X4"]);
+    assert_eq!(bench.direct(BOB, &[on("crc8x4")]), (0, 0));
+    // They are in use now, and keep their places; Config is no use.
+    bench.ask(&Ask::read(0, 1));
+    bench.ask_from(SMALL, BOB, &Ask::identify());
+    bench.extend(SMALL, CAROL, &["crc8x4"]);
+    bench.ask_from(SMALL, CAROL, &Ask::config(0, b""));
+    negotiate(&mut bench);
+    assert!(bench.has(SMALL, ALICE).crc8x4 && bench.has(SMALL, BOB).crc8x4);
+    assert!(!bench.has(SMALL, CAROL).crc8x4);
 }
 
 #[test]

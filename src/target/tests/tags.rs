@@ -50,6 +50,13 @@ fn counting() -> Bench {
 
 pub(super) const OK: (u8, u8, u8) = (0x40, 0, 0);
 
+fn durable() -> Settings {
+    Settings {
+        durable: true,
+        ..settings()
+    }
+}
+
 #[test]
 fn a_write_that_comes_again_is_answered_and_not_done() {
     let mut bench = counting();
@@ -322,6 +329,48 @@ fn trim_is_a_write() {
     assert_eq!(registers(&bench.answered(100, &trim)), OK);
     same(&bench.bytes()[3 * 512..4 * 512], &sectors(2, 1));
     assert_eq!(bench.duplicates(), 2);
+}
+
+#[test]
+fn a_write_of_no_sectors_marks_no_tag() {
+    // A spoofed one made the write behind it acknowledged and not done.
+    for settings in [settings(), durable()] {
+        let mut bench = Bench::with(settings);
+        bench.extend(SMALL, ALICE, COUNTING);
+        let nothing = |opcode, feature, count| {
+            let registers = Ata {
+                feature,
+                count,
+                opcode,
+                ..Ata::default()
+            };
+            Ask::ata(registers, &sectors(0, 1))
+        };
+        let writes = [
+            opcode::WRITE,
+            opcode::WRITE_EXT,
+            opcode::WRITE_DMA,
+            opcode::WRITE_DMA_EXT,
+        ];
+        let mut empty: Vec<Ask> = writes.iter().map(|op| nothing(*op, 0, 0)).collect();
+        // A TRIM all of whose ranges are empty.
+        empty.push(nothing(opcode::DATA_SET_MANAGEMENT, 1, 1));
+        for (n, ask) in empty.into_iter().enumerate() {
+            let (tag, fill) = (100 + n as u32, n as u8 + 1);
+            assert_eq!(registers(&bench.answered(tag, &ask)), OK);
+            let write = Ask::write(3, &sectors(fill, 1));
+            match bench.tagged(SMALL, ALICE, tag, &write) {
+                Got::Reply(reply) => assert_eq!(registers(&reply), OK),
+                Got::Parked => assert_eq!(registers(&bench.wait()[0].1), OK),
+                other => panic!("{other:?}"),
+            }
+            same(&bench.bytes()[3 * 512..4 * 512], &sectors(fill, 1));
+            // After the write it is a copy like any other.
+            assert_eq!(registers(&bench.answered(tag, &ask)), OK);
+            assert_eq!(registers(&bench.answered(tag, &write)), OK);
+        }
+        assert_eq!(bench.target.counters().sectors_written, 5);
+    }
 }
 
 #[test]
