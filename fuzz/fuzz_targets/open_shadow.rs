@@ -10,7 +10,7 @@ use std::sync::OnceLock;
 
 use crc::{CRC_64_XZ, Crc};
 use libfuzzer_sys::fuzz_target;
-use shadow::{Geometry, Identity, Kind, MemoryFile, Shadow, Spec, State};
+use shadow::{Facts, Geometry, Identity, Kind, MemoryFile, Shadow, Spec, State};
 
 static CRC: Crc<u64> = Crc::<u64>::new(&CRC_64_XZ);
 const LEN: u64 = 40_000;
@@ -28,6 +28,7 @@ fn whole() -> &'static [u8] {
                 a: 1,
                 b: 2,
                 bytes: LEN,
+                facts: Facts::default(),
             },
         };
         let image = MemoryFile::new(vec![1; LEN as usize]);

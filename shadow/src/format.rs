@@ -7,7 +7,7 @@ use std::sync::Arc;
 use crc::{CRC_64_XZ, Crc, Table};
 
 use crate::extent::{Extent, SECTOR};
-use crate::identity::{Identity, Kind};
+use crate::identity::{Facts, Identity, Kind, WORDS as FACTS};
 
 /// The checksum of everything, with tables large enough not to be felt when a
 /// bitmap of many megabytes is opened.
@@ -27,6 +27,8 @@ const MAGIC: &[u8; 8] = b"AOEDESHD";
 pub const VERSION: u32 = 1;
 /// Bytes of a header under its checksum, which follows them.
 const SUMMED: usize = 504;
+/// Where the facts about the image begin in a header.
+const FACTS_AT: usize = 96;
 /// Chunks of one bitmap page.
 pub(crate) const PAGE_CHUNKS: u64 = 16320;
 /// Words of 64 chunks in one of the two planes of a page.
@@ -294,6 +296,9 @@ pub fn header_page(spec: &Spec, state: State, sequence: u64) -> Page {
     put64(&mut bytes, 72, identity.a);
     put64(&mut bytes, 80, identity.b);
     put64(&mut bytes, 88, identity.bytes);
+    for (index, word) in identity.facts.to_words().into_iter().enumerate() {
+        put64(&mut bytes, FACTS_AT + 8 * index, word);
+    }
     let sum = CRC.checksum(&bytes[..SUMMED]);
     put64(&mut bytes, SUMMED, sum);
     Page {
@@ -343,6 +348,10 @@ impl Header {
             _ => return Err("its kind of image is none"),
         };
         let geometry = Geometry::new(get32(bytes, 12), get64(bytes, 56), get64(bytes, 64));
+        let mut facts = [0; FACTS];
+        for (index, word) in facts.iter_mut().enumerate() {
+            *word = get64(bytes, FACTS_AT + 8 * index);
+        }
         let mut uuid = [0; 16];
         uuid.copy_from_slice(&bytes[24..40]);
         let spec = Spec {
@@ -354,6 +363,7 @@ impl Header {
                 a: get64(bytes, 72),
                 b: get64(bytes, 80),
                 bytes: get64(bytes, 88),
+                facts: Facts::from_words(facts).ok_or("its facts about the image are none")?,
             },
         };
         if !spec.fits() {

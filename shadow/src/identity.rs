@@ -1,14 +1,17 @@
-//! Which image a shadow belongs to.
+//! Which image an arena, a shadow or a record belongs to.
+
+mod facts;
 
 use std::fmt;
-use std::fs::{File, Metadata};
-use std::io::{self, Seek, SeekFrom};
+use std::fs::File;
+use std::io;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
-use std::time::UNIX_EPOCH;
 
 use nix::sys::stat::{major, minor};
 
 use crate::format::CRC;
+
+pub use facts::{DeviceFacts, Facts, FileFacts, Verdict, WORDS};
 
 /// What an image is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -35,6 +38,9 @@ pub struct Identity {
     pub b: u64,
     /// Bytes of the whole image, not of the window that is exported.
     pub bytes: u64,
+    /// All that the kernel tells; nothing in shadows of aoede 0.1.0, for which
+    /// `kind`, `a` and `b` decide.
+    pub facts: Facts,
 }
 
 /// What tells two images apart.
@@ -73,8 +79,9 @@ impl Identity {
             return Ok(Identity {
                 kind: Kind::File,
                 a: metadata.ino(),
-                b: birth(&metadata),
+                b: facts::birth(&metadata),
                 bytes: metadata.len(),
+                facts: Facts::of(file)?,
             });
         }
         if !metadata.file_type().is_block_device() {
@@ -83,34 +90,31 @@ impl Identity {
                 "neither a regular file nor a block device",
             ));
         }
-        let mut file = file;
+        let facts = Facts::of(file)?;
         Ok(Identity {
             kind: Kind::Device,
             a: device_name(metadata.rdev()),
             b: 0,
-            bytes: file.seek(SeekFrom::End(0))?,
+            bytes: facts.bytes(),
+            facts,
         })
     }
 
     /// What tells the image of a shadow (`self`) from the one that is there
     /// `now`; `None` if they are the same.
     pub fn difference(&self, now: &Identity) -> Option<Difference> {
-        if self.kind != now.kind {
-            Some(Difference::Kind)
-        } else if (self.a, self.b) != (now.a, now.b) {
-            Some(Difference::Other)
-        } else if self.bytes != now.bytes {
-            Some(Difference::Size(self.bytes, now.bytes))
-        } else {
-            None
+        // A shadow outlives the boot in which it was made.
+        match self.facts.compare(&now.facts, false) {
+            Verdict::Same => {}
+            Verdict::Other => return Some(Difference::Other),
+            Verdict::Doubt(_) if self.kind != now.kind => return Some(Difference::Kind),
+            Verdict::Doubt(_) if (self.a, self.b) != (now.a, now.b) => {
+                return Some(Difference::Other);
+            }
+            Verdict::Doubt(_) => {}
         }
+        (self.bytes != now.bytes).then_some(Difference::Size(self.bytes, now.bytes))
     }
-}
-
-fn birth(metadata: &Metadata) -> u64 {
-    let born = metadata.created().ok();
-    let since = born.and_then(|t| t.duration_since(UNIX_EPOCH).ok());
-    since.map_or(0, |t| u64::try_from(t.as_nanos()).unwrap_or(0))
 }
 
 /// A number made of what sysfs calls a device by, whatever number it has in

@@ -37,7 +37,9 @@
 //!         72  u64  identity a: inode, or CRC-64/XZ of the device's name
 //!         80  u64  identity b: birth of the file in ns, or 0
 //!         88  u64  bytes of the whole image
-//!         96       zeros
+//!         96       facts about the image, 11 u64: see [`Facts`]; zeros in files
+//!                  of aoede 0.1.0
+//!        184       zeros
 //!        504  u64  CRC-64/XZ of the bytes 0 to 504
 //!        512       zeros
 //!
@@ -60,7 +62,6 @@
 //! sync. So whatever a crash cuts off, a bit that is set has its data in the
 //! shadow, and a bit that is cleared has it in the image.
 
-#![forbid(unsafe_code)]
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
 mod check;
@@ -72,13 +73,17 @@ mod map;
 mod open;
 mod overlay;
 pub mod paths;
+#[allow(unsafe_code)]
+mod sys;
 pub mod trial;
 
 pub use check::{Finding, Other, Report, check};
 pub use extent::{Extent, Lba, SECTOR};
 pub use file::{BlockFile, MemoryFile};
 pub use format::{Chunk, Geometry, Page, Spec, State, VERSION, header_page};
-pub use identity::{Difference, Identity, Kind};
+pub use identity::{
+    DeviceFacts, Difference, Facts, FileFacts, Identity, Kind, Verdict, WORDS as FACT_WORDS,
+};
 pub use map::{Commit, Map};
 pub use open::OpenError;
 pub use overlay::{Progress, Shadow};

@@ -6,7 +6,7 @@
 use std::io;
 
 use shadow::trial::{Dice, Disk, Fate, TrialFile};
-use shadow::{BlockFile, Geometry, Identity, Kind, OpenError, SECTOR, Shadow, Spec, State};
+use shadow::{BlockFile, Facts, Geometry, Identity, Kind, OpenError, SECTOR, Shadow, Spec, State};
 
 /// The window begins and ends within chunks, and its middle lies where the
 /// bitmap goes from its first page to the second.
@@ -34,6 +34,7 @@ fn spec() -> Spec {
             a: 5,
             b: 6,
             bytes: IMAGE,
+            facts: Facts::default(),
         },
     }
 }

@@ -9,8 +9,8 @@ use std::time::Instant;
 
 use proptest::prelude::*;
 use shadow::{
-    BlockFile, Chunk, Extent, Geometry, Identity, Kind, Lba, MemoryFile, OpenError, Other, SECTOR,
-    Shadow, Spec, State,
+    BlockFile, Chunk, Extent, Facts, Geometry, Identity, Kind, Lba, MemoryFile, OpenError, Other,
+    SECTOR, Shadow, Spec, State,
 };
 
 const PAGE_CHUNKS: u64 = 16320;
@@ -84,6 +84,7 @@ fn spec() -> Spec {
             a: 77,
             b: 0,
             bytes: 3 * PAGE_CHUNKS * 4096,
+            facts: Facts::default(),
         },
     }
 }

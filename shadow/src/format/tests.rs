@@ -12,6 +12,7 @@ fn spec() -> Spec {
             a: 11,
             b: 12,
             bytes: 512 * 100_003 + 17,
+            facts: Facts::default(),
         },
     }
 }

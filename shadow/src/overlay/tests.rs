@@ -1,7 +1,7 @@
 use super::*;
 use crate::file::MemoryFile;
 use crate::format::PAGE_CHUNKS;
-use crate::identity::{Identity, Kind};
+use crate::identity::{Facts, Identity, Kind};
 use proptest::prelude::*;
 
 fn spec(start: u64, len: u64, image: u64) -> Spec {
@@ -14,6 +14,7 @@ fn spec(start: u64, len: u64, image: u64) -> Spec {
             a: 1,
             b: 2,
             bytes: image,
+            facts: Facts::default(),
         },
     }
 }

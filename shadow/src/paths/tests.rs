@@ -1,6 +1,6 @@
 use super::*;
 use crate::format::Geometry;
-use crate::identity::{Identity, Kind};
+use crate::identity::{Facts, Identity, Kind};
 
 fn spec() -> Spec {
     Spec {
@@ -12,6 +12,7 @@ fn spec() -> Spec {
             a: 1,
             b: 1,
             bytes: 64 << 20,
+            facts: Facts::default(),
         },
     }
 }

@@ -118,6 +118,7 @@ impl Backing for Pair {
                         a: 1,
                         b: 2,
                         bytes: BYTES as u64,
+                        facts: shadow::Facts::default(),
                     },
                 });
                 held.sequence = 0;

@@ -1,0 +1,774 @@
+//! The facts by which an image is known again: by its arena, its shadow and the
+//! records of both.
+//!
+//! Kept as eleven words of 64 bits, in the order of this table; all zero where
+//! nothing is known (written by aoede 0.1.0).
+//!
+//! ```text
+//! word  file, and the backing file of a loop device   other block device
+//!    0  kind: 1 file, 3 loop device                   kind: 2
+//!    1  inode                                         CRC-64/XZ of its name, 0 for none
+//!    2  birth, ns since 1970, 0 for unknown           partition number, 0 for a whole disk
+//!    3  device number of the filesystem               first sector of the partition
+//!    4  UUID of the filesystem, first half            CRC-64/XZ of the partition's UUID, 0 for none
+//!    5  second half; both 0 for unknown               diskseq of the disk, 0 for unknown
+//!    6  f_fsid                                        device number
+//!    7  f_type                                        0
+//!    8  loop device: first byte shown                 0
+//!    9  loop device: bytes shown at most, 0 for all   0
+//!   10  bytes of the image                            bytes of the image
+//! ```
+//!
+//! An answer that is not certain is a [`Verdict::Doubt`]: nothing is replayed
+//! then, and nothing discarded.
+
+use std::fmt;
+use std::fs::{File, Metadata};
+use std::io::{self, Seek, SeekFrom};
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::path::{Path, PathBuf};
+use std::time::UNIX_EPOCH;
+
+use nix::sys::stat::{major, minor};
+use nix::sys::statfs::{BTRFS_SUPER_MAGIC, fstatfs};
+use nix::sys::statvfs::fstatvfs;
+
+use crate::format::CRC;
+use crate::sys;
+
+/// Words that [`Facts`] take.
+pub const WORDS: usize = 11;
+
+/// What the kernel tells of an image, as far as it tells.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Facts {
+    /// Nothing is known.
+    #[default]
+    Unknown,
+    /// A regular file.
+    File(FileFacts),
+    /// A loop device.
+    Loop {
+        /// Its backing file.
+        file: FileFacts,
+        /// First byte of it that the device shows.
+        offset: u64,
+        /// Bytes that it shows at most, 0 for all.
+        limit: u64,
+        /// Bytes of the device.
+        bytes: u64,
+    },
+    /// Another block device.
+    Device(DeviceFacts),
+}
+
+/// What is known of a file.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct FileFacts {
+    /// Its inode.
+    pub inode: u64,
+    /// Its birth in nanoseconds since 1970, 0 for unknown.
+    pub birth: u64,
+    /// The device number of its filesystem, which holds until that is unmounted.
+    pub device: u64,
+    /// The UUID of its filesystem, zeros for unknown.
+    pub uuid: [u64; 2],
+    /// The filesystem's own number (`f_fsid`), 0 for none. Of btrfs it names the
+    /// subvolume as well.
+    pub fsid: u64,
+    /// The kind of its filesystem (`f_type`).
+    pub kind: u64,
+    /// Its bytes.
+    pub bytes: u64,
+}
+
+/// What is known of a block device.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct DeviceFacts {
+    /// CRC-64/XZ of its wwid, device-mapper or md UUID, or serial; 0 for none.
+    pub name: u64,
+    /// The number of the partition, 0 for a whole disk.
+    pub partition: u64,
+    /// The first sector of the partition.
+    pub first: u64,
+    /// CRC-64/XZ of the partition's UUID, 0 for none.
+    pub partition_uuid: u64,
+    /// The kernel's count of the disk among all that appeared in this boot; 0 for
+    /// unknown.
+    pub diskseq: u64,
+    /// Its device number.
+    pub number: u64,
+    /// Its bytes.
+    pub bytes: u64,
+}
+
+/// Two sets of facts, compared.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    /// One image.
+    Same,
+    /// Two images.
+    Other,
+    /// They may be one; why that is not certain.
+    Doubt(&'static str),
+}
+
+impl Facts {
+    /// Asks the kernel about an open image. The position of `file` is moved.
+    ///
+    /// Fails where the file is neither a regular one nor a block device
+    /// (`InvalidInput`), or cannot be asked.
+    pub fn of(file: &File) -> io::Result<Facts> {
+        let metadata = file.metadata()?;
+        if metadata.is_file() {
+            return Ok(Facts::File(FileFacts::of(file, &metadata)));
+        }
+        if !metadata.file_type().is_block_device() {
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidInput,
+                "neither a regular file nor a block device",
+            ));
+        }
+        let mut end = file;
+        let bytes = end.seek(SeekFrom::End(0))?;
+        let node = Node::of(metadata.rdev());
+        if node.is_loop() {
+            let backing = sys::loop_backing(file)?;
+            return Ok(Facts::Loop {
+                file: FileFacts::behind_loop(&node, &backing),
+                offset: backing.offset,
+                limit: backing.size_limit,
+                bytes,
+            });
+        }
+        Ok(Facts::Device(DeviceFacts {
+            name: node.name().map_or(0, |name| sum(&name)),
+            partition: node.number("partition").unwrap_or(0),
+            first: match node.is_partition() {
+                true => node.number("start").unwrap_or(0),
+                false => 0,
+            },
+            partition_uuid: node.partition_uuid().map_or(0, |uuid| sum(&uuid)),
+            diskseq: node.of_disk("diskseq").unwrap_or(0),
+            number: metadata.rdev(),
+            bytes,
+        }))
+    }
+
+    /// The words of the table above.
+    pub fn to_words(self) -> [u64; WORDS] {
+        let of_file = |kind, file: FileFacts, offset, limit, bytes| {
+            let FileFacts {
+                inode,
+                birth,
+                device,
+                uuid: [high, low],
+                fsid,
+                kind: fs,
+                ..
+            } = file;
+            [
+                kind, inode, birth, device, high, low, fsid, fs, offset, limit, bytes,
+            ]
+        };
+        match self {
+            Facts::Unknown => [0; WORDS],
+            Facts::File(file) => of_file(1, file, 0, 0, file.bytes),
+            Facts::Loop {
+                file,
+                offset,
+                limit,
+                bytes,
+            } => of_file(3, file, offset, limit, bytes),
+            Facts::Device(d) => [
+                2,
+                d.name,
+                d.partition,
+                d.first,
+                d.partition_uuid,
+                d.diskseq,
+                d.number,
+                0,
+                0,
+                0,
+                d.bytes,
+            ],
+        }
+    }
+
+    /// The facts that [`to_words`](Facts::to_words) gave; `None` of words that
+    /// are of no known kind.
+    pub fn from_words(words: [u64; WORDS]) -> Option<Facts> {
+        let [kind, a, b, c, d, e, f, g, offset, limit, bytes] = words;
+        let file = |bytes| FileFacts {
+            inode: a,
+            birth: b,
+            device: c,
+            uuid: [d, e],
+            fsid: f,
+            kind: g,
+            bytes,
+        };
+        match kind {
+            0 => Some(Facts::Unknown),
+            1 => Some(Facts::File(file(bytes))),
+            // The size of the backing file is not kept: the device has its own.
+            3 => Some(Facts::Loop {
+                file: file(0),
+                offset,
+                limit,
+                bytes,
+            }),
+            2 => Some(Facts::Device(DeviceFacts {
+                name: a,
+                partition: b,
+                first: c,
+                partition_uuid: d,
+                diskseq: e,
+                number: f,
+                bytes,
+            })),
+            _ => None,
+        }
+    }
+
+    /// Whether the image that these facts were noted of is the one that has the
+    /// facts `now`. `same_boot` says that they were noted in this boot, so that
+    /// device numbers of then still mean something.
+    pub fn compare(&self, now: &Facts, same_boot: bool) -> Verdict {
+        match (self, now) {
+            (Facts::File(then), Facts::File(now)) => then.compare(now, same_boot),
+            (
+                Facts::Loop {
+                    file: then,
+                    offset,
+                    limit,
+                    ..
+                },
+                Facts::Loop {
+                    file: now,
+                    offset: offset_now,
+                    limit: limit_now,
+                    ..
+                },
+            ) => match then.compare(now, same_boot) {
+                Verdict::Same if (offset, limit) != (offset_now, limit_now) => Verdict::Doubt(
+                    "the loop device shows another part of the same backing file now",
+                ),
+                verdict => verdict,
+            },
+            (Facts::Loop { file, .. }, Facts::File(now)) => file.compare(now, same_boot).or_doubt(
+                "it was the file behind a loop device, and is to be served without that now",
+            ),
+            (Facts::File(file), Facts::Loop { file: now, .. }) => file
+                .compare(now, same_boot)
+                .or_doubt("it was a file, and is to be served through a loop device now"),
+            (Facts::Device(then), Facts::Device(now)) => then.compare(now, same_boot),
+            (Facts::Unknown, _) | (_, Facts::Unknown) => {
+                Verdict::Doubt("nothing is known of one of them")
+            }
+            _ => Verdict::Other,
+        }
+    }
+
+    /// Bytes of the image, 0 for unknown.
+    pub fn bytes(&self) -> u64 {
+        match self {
+            Facts::Unknown => 0,
+            Facts::File(file) => file.bytes,
+            Facts::Loop { bytes, .. } => *bytes,
+            Facts::Device(device) => device.bytes,
+        }
+    }
+
+    /// A number for file names: the same as long as the image is the same and
+    /// the machine is up.
+    pub fn key(&self) -> u64 {
+        let mut digest = CRC.digest();
+        let mut words = self.to_words();
+        // These two may change under an image that stays.
+        words[WORDS - 1] = 0;
+        match self {
+            Facts::Device(device) if device.name != 0 => {
+                (words[5], words[6]) = (0, 0);
+            }
+            Facts::Device(_) | Facts::Unknown => {}
+            Facts::File(_) | Facts::Loop { .. } => words[3] = 0,
+        }
+        for word in words {
+            digest.update(&word.to_le_bytes());
+        }
+        digest.finalize()
+    }
+}
+
+impl fmt::Display for Facts {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Facts::Unknown => f.write_str("an image of which nothing is known"),
+            Facts::File(file) => write!(f, "a file of {} bytes, {file}", file.bytes),
+            Facts::Loop {
+                file,
+                offset,
+                limit,
+                bytes,
+            } => {
+                write!(
+                    f,
+                    "a loop device of {bytes} bytes over the file with {file}"
+                )?;
+                if (*offset, *limit) != (0, 0) {
+                    write!(f, ", offset {offset}, size limit {limit}")?;
+                }
+                Ok(())
+            }
+            Facts::Device(device) => write!(f, "{device}"),
+        }
+    }
+}
+
+impl fmt::Display for FileFacts {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "inode {}", self.inode)?;
+        if self.birth != 0 {
+            let (seconds, rest) = (self.birth / 1_000_000_000, self.birth % 1_000_000_000);
+            write!(f, ", born {seconds}.{rest:09}")?;
+        }
+        let (major, minor) = (major(self.device), minor(self.device));
+        write!(f, ", on filesystem {major}:{minor}")?;
+        if self.uuid != [0; 2] {
+            write!(f, " ({:016x}{:016x})", self.uuid[0], self.uuid[1])?;
+        }
+        Ok(())
+    }
+}
+
+impl fmt::Display for DeviceFacts {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (major, minor) = (major(self.number), minor(self.number));
+        write!(f, "block device {major}:{minor} of {} bytes", self.bytes)?;
+        if self.partition != 0 {
+            write!(f, ", partition {}", self.partition)?;
+        }
+        match self.name {
+            0 => f.write_str(", without a serial")?,
+            name => write!(f, ", sum of its serial {name:016x}")?,
+        }
+        if self.diskseq != 0 {
+            write!(f, ", diskseq {}", self.diskseq)?;
+        }
+        Ok(())
+    }
+}
+
+impl Verdict {
+    /// A doubt where it would be one image.
+    fn or_doubt(self, why: &'static str) -> Verdict {
+        match self {
+            Verdict::Same => Verdict::Doubt(why),
+            verdict => verdict,
+        }
+    }
+}
+
+impl FileFacts {
+    fn of(file: &File, metadata: &Metadata) -> FileFacts {
+        let uuid = sys::filesystem_uuid(file).map(|bytes| {
+            let number = u128::from_be_bytes(bytes);
+            [(number >> 64) as u64, number as u64]
+        });
+        FileFacts {
+            inode: metadata.ino(),
+            birth: birth(metadata),
+            device: metadata.dev(),
+            uuid: uuid.unwrap_or_default(),
+            fsid: fstatvfs(file).map_or(0, |answer| answer.filesystem_id()),
+            kind: fstatfs(file).map_or(0, |answer| answer.filesystem_type().0 as u64),
+            bytes: metadata.len(),
+        }
+    }
+
+    /// The backing file of a loop device: all facts if its path still leads to
+    /// it, else what the device tells.
+    fn behind_loop(node: &Node, backing: &sys::LoopBacking) -> FileFacts {
+        let found = || {
+            let file = File::open(node.text_of_disk("loop/backing_file")?).ok()?;
+            let metadata = file.metadata().ok()?;
+            let is_it = (metadata.dev(), metadata.ino()) == (backing.device, backing.inode);
+            let facts = FileFacts::of(&file, &metadata);
+            is_it.then_some(FileFacts { bytes: 0, ..facts })
+        };
+        found().unwrap_or(FileFacts {
+            inode: backing.inode,
+            device: backing.device,
+            ..FileFacts::default()
+        })
+    }
+
+    fn compare(&self, now: &FileFacts, same_boot: bool) -> Verdict {
+        let differ = |a: u64, b: u64| a != 0 && b != 0 && a != b;
+        if self.inode != now.inode || differ(self.birth, now.birth) {
+            return Verdict::Other;
+        }
+        let is_btrfs = self.kind == BTRFS_SUPER_MAGIC.0 as u64 && self.kind == now.kind;
+        if is_btrfs && differ(self.fsid, now.fsid) {
+            // A snapshot shares inode, times and UUID; only the subvolume differs.
+            return Verdict::Other;
+        }
+        let same_device = same_boot && self.device == now.device;
+        if self.birth == 0 || now.birth == 0 {
+            // The inode may have been used again.
+            return match same_device {
+                true => Verdict::Same,
+                false => Verdict::Doubt("its filesystem keeps no birth times"),
+            };
+        }
+        let known = self.uuid != [0; 2] && now.uuid != [0; 2];
+        if known && self.uuid != now.uuid {
+            return Verdict::Other;
+        }
+        if same_device {
+            return Verdict::Same;
+        }
+        if same_boot && is_mounted(self.device) {
+            return Verdict::Doubt(
+                "the filesystem that it was on is still mounted, so this one may be a copy",
+            );
+        }
+        if known || (self.fsid != 0 && (self.fsid, self.kind) == (now.fsid, now.kind)) {
+            Verdict::Same
+        } else {
+            Verdict::Doubt("its filesystem has no UUID that the kernel tells")
+        }
+    }
+}
+
+impl DeviceFacts {
+    fn compare(&self, now: &DeviceFacts, same_boot: bool) -> Verdict {
+        let part = |d: &DeviceFacts| (d.partition, d.first);
+        let uuids = [self.partition_uuid, now.partition_uuid];
+        if part(self) != part(now) || (!uuids.contains(&0) && uuids[0] != uuids[1]) {
+            return Verdict::Other;
+        }
+        if self.name != 0 || now.name != 0 {
+            return match self.name == now.name {
+                true => Verdict::Same,
+                false => Verdict::Other,
+            };
+        }
+        if !same_boot || self.diskseq == 0 || now.diskseq == 0 {
+            return Verdict::Doubt("it has no serial by which it could be known again");
+        }
+        if self.diskseq == now.diskseq {
+            Verdict::Same
+        } else if self.bytes != now.bytes || is_present(self.diskseq) {
+            Verdict::Other
+        } else {
+            Verdict::Doubt("it has no serial, and is not the disk that was plugged in then")
+        }
+    }
+}
+
+/// Whether a filesystem of this device number is mounted where we are.
+fn is_mounted(device: u64) -> bool {
+    let wanted = format!("{}:{}", major(device), minor(device));
+    let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+    mounts
+        .lines()
+        .any(|line| line.split_whitespace().nth(2) == Some(&wanted))
+}
+
+/// Whether the disk with this diskseq is still there.
+fn is_present(diskseq: u64) -> bool {
+    let disks = std::fs::read_dir("/sys/block").into_iter().flatten();
+    disks.flatten().any(|disk| {
+        let text = std::fs::read_to_string(disk.path().join("diskseq"));
+        text.is_ok_and(|text| text.trim().parse() == Ok(diskseq))
+    })
+}
+
+pub(super) fn birth(metadata: &Metadata) -> u64 {
+    let born = metadata.created().ok();
+    let since = born.and_then(|t| t.duration_since(UNIX_EPOCH).ok());
+    since.map_or(0, |t| u64::try_from(t.as_nanos()).unwrap_or(0))
+}
+
+fn sum(text: &str) -> u64 {
+    CRC.checksum(text.as_bytes())
+}
+
+/// A block device in sysfs.
+struct Node(PathBuf);
+
+impl Node {
+    fn of(device: u64) -> Node {
+        Node(PathBuf::from(format!(
+            "/sys/dev/block/{}:{}",
+            major(device),
+            minor(device)
+        )))
+    }
+
+    fn text(&self, name: &str) -> Option<String> {
+        let text = std::fs::read_to_string(self.0.join(name)).ok()?;
+        let text = text.trim();
+        (!text.is_empty()).then(|| text.to_owned())
+    }
+
+    /// What the node says, or that of the disk which the partition lies on.
+    fn text_of_disk(&self, name: &str) -> Option<String> {
+        self.text(name).or_else(|| self.text(&format!("../{name}")))
+    }
+
+    fn number(&self, name: &str) -> Option<u64> {
+        self.text(name)?.parse().ok()
+    }
+
+    fn of_disk(&self, name: &str) -> Option<u64> {
+        self.text_of_disk(name)?.parse().ok()
+    }
+
+    fn is_partition(&self) -> bool {
+        self.0.join("partition").exists()
+    }
+
+    /// Whether it is a loop device, whole: a partition of one is told by its
+    /// own start, which the device does not know.
+    fn is_loop(&self) -> bool {
+        self.0.join("loop").is_dir()
+    }
+
+    fn partition_uuid(&self) -> Option<String> {
+        let text = self.text("uevent")?;
+        let uuid = text.lines().find_map(|line| line.strip_prefix("PARTUUID="));
+        uuid.map(str::to_owned)
+    }
+
+    /// NVMe, SCSI, device mapper, RAID, virtio: what a device is called wherever
+    /// it is plugged in. Of a partition on a loop device the file behind that.
+    fn name(&self) -> Option<String> {
+        let names = ["wwid", "device/wwid", "dm/uuid", "md/uuid", "serial"];
+        let own = names.iter().find_map(|name| self.text(name));
+        let disk = || {
+            names
+                .iter()
+                .find_map(|name| self.text(&format!("../{name}")))
+        };
+        own.or_else(disk).or_else(|| {
+            let path = self.text("../loop/backing_file")?;
+            let metadata = std::fs::metadata(Path::new(&path)).ok()?;
+            let (inode, birth) = (metadata.ino(), birth(&metadata));
+            Some(format!("loop {inode} {birth}"))
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    const FILE: FileFacts = FileFacts {
+        inode: 12,
+        birth: 1_700_000_000_123_456_789,
+        device: 0xFFFF_FF00,
+        uuid: [1, 2],
+        fsid: 3,
+        kind: 0xEF53,
+        bytes: 4096,
+    };
+    const DISK: DeviceFacts = DeviceFacts {
+        name: 0,
+        partition: 1,
+        first: 2048,
+        partition_uuid: 9,
+        diskseq: u64::MAX,
+        number: 0x0810,
+        bytes: 1 << 30,
+    };
+
+    fn over(file: FileFacts) -> Facts {
+        Facts::Loop {
+            file: FileFacts { bytes: 0, ..file },
+            offset: 512,
+            limit: 0,
+            bytes: 1 << 20,
+        }
+    }
+
+    fn same_boot(then: Facts, now: Facts) -> Verdict {
+        then.compare(&now, true)
+    }
+
+    fn is_doubt(verdict: Verdict) -> bool {
+        matches!(verdict, Verdict::Doubt(_))
+    }
+
+    #[test]
+    fn words_and_facts_are_one() {
+        for facts in [
+            Facts::Unknown,
+            Facts::File(FILE),
+            over(FILE),
+            Facts::Device(DISK),
+        ] {
+            assert_eq!(Facts::from_words(facts.to_words()), Some(facts));
+        }
+        assert_eq!(Facts::from_words([4; WORDS]), None);
+    }
+
+    #[test]
+    fn a_file_is_known_by_inode_birth_and_filesystem() {
+        let file = Facts::File;
+        let grown = FileFacts {
+            bytes: 8192,
+            ..FILE
+        };
+        assert_eq!(same_boot(file(FILE), file(grown)), Verdict::Same);
+        // Remounted under another number.
+        let remounted = FileFacts {
+            device: 0xFFFF_FF01,
+            ..FILE
+        };
+        assert_eq!(same_boot(file(FILE), file(remounted)), Verdict::Same);
+        for other in [
+            FileFacts { inode: 13, ..FILE },
+            FileFacts { birth: 7, ..FILE },
+            FileFacts {
+                uuid: [1, 3],
+                device: 5,
+                ..FILE
+            },
+        ] {
+            assert_eq!(same_boot(file(FILE), file(other)), Verdict::Other);
+        }
+        // Without a UUID, f_fsid speaks for it, if it is not the device number.
+        let plain = FileFacts {
+            uuid: [0; 2],
+            ..FILE
+        };
+        let moved = FileFacts {
+            device: 0xFFFF_FF01,
+            ..plain
+        };
+        assert_eq!(same_boot(file(plain), file(moved)), Verdict::Same);
+        let doubtful = FileFacts { fsid: 4, ..moved };
+        assert!(is_doubt(same_boot(file(plain), file(doubtful))));
+        // Without a birth time the inode may have been used again.
+        let unborn = FileFacts { birth: 0, ..FILE };
+        assert_eq!(same_boot(file(unborn), file(unborn)), Verdict::Same);
+        assert!(is_doubt(file(unborn).compare(&file(unborn), false)));
+    }
+
+    #[test]
+    fn a_copy_of_a_mounted_filesystem_is_a_doubt() {
+        let root = std::fs::metadata("/proc/self").unwrap().dev();
+        let mounted = FileFacts {
+            device: root,
+            ..FILE
+        };
+        let copy = FileFacts {
+            device: 0xFFFF_FF01,
+            ..FILE
+        };
+        assert!(is_doubt(same_boot(Facts::File(mounted), Facts::File(copy))));
+        assert_eq!(
+            Facts::File(mounted).compare(&Facts::File(copy), false),
+            Verdict::Same
+        );
+    }
+
+    #[test]
+    fn a_snapshot_of_btrfs_is_another_image() {
+        let kind = BTRFS_SUPER_MAGIC.0 as u64;
+        let then = FileFacts { kind, ..FILE };
+        let snapshot = FileFacts { fsid: 4, ..then };
+        assert_eq!(
+            same_boot(Facts::File(then), Facts::File(snapshot)),
+            Verdict::Other
+        );
+    }
+
+    #[test]
+    fn a_loop_device_is_its_backing_file() {
+        assert_eq!(same_boot(over(FILE), over(FILE)), Verdict::Same);
+        let other = FileFacts { inode: 13, ..FILE };
+        assert_eq!(same_boot(over(FILE), over(other)), Verdict::Other);
+        let Facts::Loop {
+            file, limit, bytes, ..
+        } = over(FILE)
+        else {
+            unreachable!()
+        };
+        let part = Facts::Loop {
+            file,
+            offset: 1024,
+            limit,
+            bytes,
+        };
+        assert!(is_doubt(same_boot(over(FILE), part)));
+        assert!(is_doubt(same_boot(over(FILE), Facts::File(FILE))));
+        assert!(is_doubt(same_boot(Facts::File(FILE), over(FILE))));
+        assert_eq!(same_boot(over(FILE), Facts::Device(DISK)), Verdict::Other);
+    }
+
+    #[test]
+    fn a_disk_is_known_by_its_serial_or_by_its_diskseq() {
+        let disk = Facts::Device;
+        let named = DeviceFacts { name: 5, ..DISK };
+        let renumbered = DeviceFacts {
+            number: 1,
+            diskseq: 1,
+            ..named
+        };
+        assert_eq!(disk(named).compare(&disk(renumbered), false), Verdict::Same);
+        assert_eq!(same_boot(disk(named), disk(renumbered)), Verdict::Same);
+        let others = [
+            DeviceFacts { name: 6, ..named },
+            DeviceFacts { name: 0, ..named },
+            DeviceFacts {
+                first: 4096,
+                ..named
+            },
+            DeviceFacts {
+                partition_uuid: 8,
+                ..named
+            },
+        ];
+        for other in others {
+            assert_eq!(same_boot(disk(named), disk(other)), Verdict::Other);
+        }
+        assert_eq!(same_boot(disk(DISK), disk(DISK)), Verdict::Same);
+        let next = DeviceFacts { diskseq: 1, ..DISK };
+        assert!(is_doubt(same_boot(disk(DISK), disk(next))));
+        assert!(is_doubt(disk(DISK).compare(&disk(DISK), false)));
+        let larger = DeviceFacts { bytes: 1, ..next };
+        assert_eq!(same_boot(disk(DISK), disk(larger)), Verdict::Other);
+    }
+
+    #[test]
+    fn a_disk_without_a_serial_that_is_still_there_is_not_this_one() {
+        let present = std::fs::read_dir("/sys/block").into_iter().flatten();
+        let present = present.flatten().find_map(|disk| {
+            let text = std::fs::read_to_string(disk.path().join("diskseq")).ok()?;
+            text.trim().parse().ok()
+        });
+        // A machine without disks has nothing to tell.
+        let Some(diskseq) = present else { return };
+        let then = DeviceFacts { diskseq, ..DISK };
+        assert_eq!(
+            same_boot(Facts::Device(then), Facts::Device(DISK)),
+            Verdict::Other
+        );
+    }
+
+    proptest! {
+        #[test]
+        fn any_words_are_facts_or_none(mut words: [u64; WORDS]) {
+            words[0] %= 5;
+            if let Some(facts) = Facts::from_words(words) {
+                prop_assert_eq!(Facts::from_words(facts.to_words()), Some(facts));
+            }
+        }
+    }
+}
