@@ -461,7 +461,7 @@ impl Export {
         match self.image.bounds() {
             Ok(bounds) => {
                 let (before, now) = (self.target.sectors(), bounds.sectors);
-                if self.target.resize(bounds) {
+                if self.target.resize(Instant::now(), bounds) {
                     log::info!("{}: {now} sectors, {before} before", self.address);
                 } else {
                     log::info!("{}: still {now} sectors", self.address);

@@ -262,6 +262,13 @@ impl Arena {
         self.slots.set_word(header, sequence);
     }
 
+    /// Leaves a slot that counts only these dirty sectors, at least one of those
+    /// that it had.
+    pub fn narrow(&mut self, slot: u32, dirty: u64) {
+        self.slots
+            .set_word(HEADERS + HEADER * slot as usize + 2, dirty);
+    }
+
     /// Makes the slot not count any more.
     pub fn retire(&mut self, slot: u32) {
         self.slots.set_word(HEADERS + HEADER * slot as usize, 0);

@@ -13,6 +13,7 @@ use nix::fcntl::{
     FallocateFlags, FcntlArg, OFlag, PosixFadviseAdvice, fallocate, fcntl, posix_fadvise,
 };
 use nix::sys::uio::pwritev;
+use shadow::paths::sync_directory;
 use shadow::{BlockFile, Identity, SECTOR};
 
 use super::align;
@@ -521,7 +522,12 @@ fn make(path: &Path, create: Create) -> io::Result<()> {
     } else {
         file.set_len(create.bytes)
     };
-    filled.and_then(|()| file.sync_all()).inspect_err(|_| {
+    // Without its directory on stable storage the file may be gone after a power
+    // loss, and with it all that was acknowledged.
+    let synced = filled
+        .and_then(|()| file.sync_all())
+        .and_then(|()| sync_directory(path));
+    synced.inspect_err(|_| {
         // The first error is the one to tell.
         let _ = std::fs::remove_file(path);
     })

@@ -284,15 +284,27 @@ impl Volume {
         self.bounds.sectors
     }
 
-    /// The backing has another size now.
-    pub fn resize(&mut self, bounds: Bounds) {
+    /// The backing has another size now. What was written behind its new end is
+    /// dropped: to write it there would make the image grow again.
+    pub fn resize(&mut self, now: Instant, bounds: Bounds) {
         let gone = self.bounds.sectors.saturating_sub(bounds.sectors);
         self.bounds = bounds;
         let end = Lba(bounds.start / SECTOR + bounds.sectors);
-        if let Some(gone) = Extent::new(end, gone).filter(|gone| !gone.is_empty()) {
-            self.overtake_fills(gone);
-            self.cache.cut(end);
+        let Some(gone) = Extent::new(end, gone).filter(|gone| !gone.is_empty()) else {
+            return;
+        };
+        self.overtake_fills(gone);
+        let dropped = self.cache.cut(end, now);
+        if dropped > 0 {
+            log::warn!(
+                "{}: {}: the image became smaller: {} behind its new end were not written to \
+                 it yet and are dropped",
+                self.export(),
+                self.image(),
+                sectors(dropped)
+            );
         }
+        self.fail_parked_behind(end);
     }
 
     /// Requests may carry so many bytes from now on.
@@ -593,6 +605,12 @@ impl Volume {
     fn complete(&mut self, token: Token, data: Option<Body>, ok: bool) {
         self.completed.push_back(Completed { token, data, ok });
     }
+}
+
+/// A number of sectors, in words.
+pub(super) fn sectors(count: u64) -> String {
+    let plural = if count == 1 { "" } else { "s" };
+    format!("{count} sector{plural}")
 }
 
 #[cfg(test)]

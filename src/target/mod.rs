@@ -204,9 +204,9 @@ impl Target {
     }
 
     /// The image has another size now; says whether that is news.
-    pub fn resize(&mut self, bounds: Bounds) -> bool {
+    pub fn resize(&mut self, now: Instant, bounds: Bounds) -> bool {
         let before = self.volume.sectors();
-        self.volume.resize(bounds);
+        self.volume.resize(now, bounds);
         before != bounds.sectors
     }
 

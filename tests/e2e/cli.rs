@@ -17,7 +17,7 @@ use initiator::lab::{self, Deadline, Namespace, Need, Process, Spawn, wait_until
 use nix::fcntl::{FcntlArg, fcntl};
 
 use crate::support::{AOEDE, AOEDED, Store, command, serve, stop};
-use crate::workshop::{Ended, Lab, run, sector, soon, timed};
+use crate::workshop::{Ended, Lab, run, sector, soon, timed, traced};
 
 const IMAGE: u64 = 2048;
 
@@ -629,6 +629,25 @@ fn a_lock_given_up_while_we_wait_is_taken() {
     assert!(!target.output().iter().any(|l| l.contains("e1.1, ")));
     drop(holder);
     target.wait_for_line(": e1.1, ", soon()).unwrap();
+    stop(target);
+}
+
+#[test]
+fn an_image_that_was_made_has_its_name_on_stable_storage() {
+    if !lab::require("--create", &[Need::Network, Need::Program("strace")]) {
+        return;
+    }
+    let (lab, store) = (Lab::new(1, 1500), Store::new(8));
+    let folder = fs::canonicalize(store.path()).unwrap();
+    fs::remove_file(store.image()).unwrap();
+    let expressions = ["decode-fds=path", "trace=fsync"];
+    let options = ["--create", "4M"];
+    let (target, lines) = traced(&lab.host, &store, &["tgt0"], &options, &expressions);
+    let text = fs::read_to_string(lines).unwrap();
+    let at = |what: &str| text.find(what).unwrap_or_else(|| panic!("{what}: {text}"));
+    let image = at(&format!("<{}/disk.img>)", folder.display()));
+    let name = at(&format!("<{}>)", folder.display()));
+    assert!(image < name, "{text}");
     stop(target);
 }
 

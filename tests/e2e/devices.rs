@@ -343,6 +343,60 @@ fn a_device_that_grew_is_measured_again() {
     assert_eq!(store.sectors(2 * IMAGE as usize - 1, 1), [6; SECTOR]);
 }
 
+#[test]
+fn what_lies_behind_the_new_end_of_an_image_is_dropped() {
+    if !lab::require("an image that becomes smaller", &Loop::NEEDS) {
+        return;
+    }
+    // Written back only when it is asked for.
+    let late = [
+        "--set",
+        "max_dirty_age=600000",
+        "--set",
+        "idle_flush=600000",
+    ];
+    let truncate = |store: &Store, sectors: u64| {
+        let file = fs::OpenOptions::new().write(true).open(store.image());
+        file.unwrap().set_len(sectors * SECTOR as u64).unwrap();
+    };
+    let (lab, store) = (Lab::new(1, 1500), Store::new(IMAGE));
+    let mut target = serve(&lab.host, &store, &["tgt0"], &late);
+    let mut client = lab.listener(0);
+    client.write(8, &[1; SECTOR]).unwrap();
+    // Across the new end, and behind it.
+    client.write(999, &[2; 2 * SECTOR]).unwrap();
+    client.write(2000, &[3; SECTOR]).unwrap();
+    truncate(&store, 1000);
+    target.signal(Signal::SIGHUP).unwrap();
+    let line = target.wait_for_line("dropped", soon()).unwrap();
+    for part in ["e1.1: ", "disk.img: ", " 2 sectors "] {
+        assert!(line.contains(part), "{line}");
+    }
+    stop(target);
+    let bytes = fs::read(store.image()).unwrap();
+    assert_eq!(bytes.len(), 1000 * SECTOR);
+    assert_eq!(store.sectors(8, 1), [1; SECTOR]);
+    assert_eq!(store.sectors(999, 1), [2; SECTOR]);
+
+    // A device refuses what lies behind its end, and is well when that is gone.
+    let store = Store::new(IMAGE);
+    let device = Loop::new(&store.image(), 512);
+    let options = ["--set", "idle_flush=1"];
+    let mut target = serve_path(&lab.host, &store, &device.path, &options);
+    let mut client = lab.listener(0);
+    truncate(&store, 1000);
+    sh(&format!("losetup -c {}", device.path.display()));
+    client.write(2000, &[3; SECTOR]).unwrap();
+    target
+        .wait_for_line("does not take writes", soon())
+        .unwrap();
+    target.signal(Signal::SIGHUP).unwrap();
+    target.wait_for_line("takes writes again", soon()).unwrap();
+    client.write(999, &[4; SECTOR]).unwrap();
+    stop(target);
+    assert_eq!(store.sectors(999, 1), [4; SECTOR]);
+}
+
 /// Trims ranges that begin and end inside blocks, and sees zeros there and
 /// nowhere else.
 fn trims(client: &mut Client, what: &str) {

@@ -18,6 +18,7 @@
 mod epochs;
 mod generations;
 mod index;
+mod shrink;
 mod writeback;
 
 use std::time::Instant;
@@ -602,19 +603,6 @@ impl Cache {
             if hot.valid == 0 && meta.holds == 0 {
                 self.index.remove(piece.block, slot);
                 self.release(slot);
-            }
-        }
-    }
-
-    /// The disk ends here now: what was clean beyond is not there any more, and
-    /// may be other data when it grows again.
-    pub fn cut(&mut self, end: Lba) {
-        let sectors = self.sectors;
-        let slots = self.meta.iter().zip(&mut self.hot);
-        for (_, hot) in slots.filter(|(meta, _)| meta.present && meta.state == State::Clean) {
-            let kept = end.0.saturating_sub(hot.block * sectors);
-            if kept < sectors {
-                hot.valid &= (1 << kept) - 1;
             }
         }
     }

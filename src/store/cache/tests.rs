@@ -59,6 +59,8 @@ struct Bench<'a> {
     now: Instant,
     /// While a generation is drained: its last epoch, and what it leaves.
     cut: Option<(Epoch, Vec<u8>)>,
+    /// Where the disk ends.
+    end: u64,
 }
 
 impl<'a> Bench<'a> {
@@ -72,6 +74,7 @@ impl<'a> Bench<'a> {
             lent: Vec::new(),
             now: Instant::now(),
             cut: None,
+            end: SECTORS,
         }
     }
 
@@ -98,6 +101,7 @@ impl<'a> Bench<'a> {
         let Some(run) = self.cache.next_run(until, 4, PLAIN) else {
             return;
         };
+        assert!(run.extent.end().0 <= self.end, "{run:?} behind the end");
         let data = bytes(&run);
         assert_eq!(data.len() as u64, run.extent.byte_len());
         for (other, _) in &self.writing {
@@ -311,6 +315,60 @@ proptest! {
         bench.audit();
         prop_assert!(bench.cache.is_synced(closed) && !bench.cache.has_unsynced());
         prop_assert!(*medium.borrow() == model);
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(60))]
+
+    #[test]
+    fn nothing_is_written_behind_the_end_of_a_disk_that_became_smaller(
+        seed: u64, slots in 8u32..20, align in 0usize..3, steps in 20u64..300
+    ) {
+        let align = [1, 1024, 4096][align];
+        let medium = std::cell::RefCell::new(vec![0; SECTORS as usize * 512]);
+        let disk = |data: &mut Vec<u8>, at: u64, write: bool| {
+            let (mut medium, at) = (medium.borrow_mut(), at as usize);
+            if write {
+                medium[at..at + data.len()].copy_from_slice(data);
+            } else {
+                let len = data.len();
+                data.copy_from_slice(&medium[at..at + len]);
+            }
+        };
+        let arena = Arena::anonymous(BLOCK, slots).unwrap();
+        let mut bench = Bench::new(cache(arena, align, slots * 3 / 4), &disk);
+        let mut model = vec![0; SECTORS as usize * 512];
+        for n in 1..steps {
+            match draw(seed, n) % 3 {
+                0 if draw(seed ^ 2, n) % 12 == 0 && bench.end > 8 => {
+                    let group = align.max(512) as u64 / 512;
+                    bench.end = (1 + draw(seed ^ 3, n) % bench.end).next_multiple_of(group);
+                    bench.cache.cut(Lba(bench.end), bench.now);
+                    model.truncate(bench.end as usize * 512);
+                }
+                0 => {
+                    let extent = nth(seed, n);
+                    let count = extent.count().min(bench.end.saturating_sub(extent.start().0));
+                    if let Some(extent) = Extent::new(extent.start(), count).filter(|e| !e.is_empty()) {
+                        let (at, data) = (extent.byte_start() as usize, fill(n, extent));
+                        bench.write(extent, &data);
+                        model[at..at + data.len()].copy_from_slice(&data);
+                    }
+                }
+                _ => bench.step(draw(seed ^ 1, n)),
+            }
+            bench.audit();
+            let mut seen = medium.borrow()[..model.len()].to_vec();
+            bench.cache.overlay(extent(0, bench.end), &mut seen);
+            prop_assert!(seen == model, "what is read after step {n}");
+        }
+        bench.lent.clear();
+        let closed = bench.cache.close_epoch();
+        bench.write_back();
+        bench.audit();
+        prop_assert!(bench.cache.is_synced(closed) && !bench.cache.has_unsynced());
+        prop_assert!(medium.borrow()[..model.len()] == model);
     }
 }
 

@@ -307,13 +307,20 @@ impl Cache {
         if meta.writes > 0 || (meta.unsent != 0 && !meta.failed) {
             return;
         }
+        self.writing_ended(slot, now);
+    }
+
+    /// The last write of a version has ended.
+    pub(super) fn writing_ended(&mut self, slot: u32, now: Instant) {
         if self.partial == Some(slot) {
             // The rest goes again with the whole of it.
             self.partial = None;
         }
         let meta = self.meta[slot as usize];
         if meta.present {
-            if meta.failed {
+            // Without a dirty sector, which the end of the image has cut off,
+            // there is nothing to write again.
+            if meta.failed && meta.dirty != 0 {
                 self.meta[slot as usize].state = State::Dirty;
                 self.queue_front(slot);
             } else {
@@ -338,7 +345,7 @@ impl Cache {
         self.release(slot);
     }
 
-    fn record(&mut self, slot: u32) {
+    pub(super) fn record(&mut self, slot: u32) {
         let meta = self.meta[slot as usize];
         self.epochs.written(meta.epoch);
         self.written.push(Record {
@@ -440,6 +447,10 @@ impl Cache {
                     }
                 }
                 (true, None) => self.epochs.remove(record.epoch, false),
+                // All of it was cut off: nothing is to be written again.
+                (false, Some(slot)) if self.meta[slot as usize].dirty == 0 => {
+                    self.written.push(record);
+                }
                 (false, Some(slot)) => {
                     let meta = &mut self.meta[slot as usize];
                     meta.state = State::Dirty;
@@ -493,7 +504,7 @@ impl Cache {
         self.link(meta.line, new, meta.next);
     }
 
-    fn queue_remove(&mut self, slot: u32) {
+    pub(super) fn queue_remove(&mut self, slot: u32) {
         let meta = self.meta[slot as usize];
         self.link(meta.line, meta.previous, meta.next);
     }

@@ -647,3 +647,33 @@ fn one_bad_sector_keeps_no_other_from_stable_storage_and_is_not_forgotten() {
     world.model.flushed.clone_from(&world.model.acked);
     world.check_cut();
 }
+
+#[test]
+fn what_lies_behind_the_new_end_of_an_image_is_dropped_and_degrades_nothing() {
+    let mut world = World::new(7, 40, true, 1, 0);
+    // The disk became smaller already, and takes nothing behind sector 50.
+    world.fate.borrow_mut().bad = Some(world.start + 60 * 512);
+    world.step(5, 10, 1);
+    world.step(5, 60, 3);
+    let began = world.now;
+    while world.now - began < world.volume.options.max_dirty_age {
+        for _ in 0..50 {
+            world.advance();
+        }
+        world.now += Duration::from_millis(100);
+    }
+    assert!(world.volume.is_degraded());
+    let bounds = Bounds {
+        start: world.start,
+        sectors: 50,
+    };
+    world.volume.resize(world.now, bounds);
+    world.settle();
+    assert!(!world.volume.is_degraded());
+    let bytes = world.file.live();
+    let sector = |n: u64| value_of(&bytes[(world.start + n * 512) as usize..][..512]);
+    assert_eq!(sector(10), world.model.history[10][1]);
+    // The failed write left a part: its first sector.
+    assert_eq!([61, 62].map(sector), [0, 0]);
+    assert_eq!(world.left_in_arena(), 0);
+}

@@ -3,7 +3,7 @@
 
 use std::time::Instant;
 
-use shadow::{Chunk, Extent, SECTOR};
+use shadow::{Chunk, Extent, Lba, SECTOR};
 
 use super::super::cache::{Epoch, Run};
 use super::super::disk::Segment;
@@ -182,6 +182,33 @@ impl Volume {
                     self.start_discard(now);
                     return;
                 }
+            }
+        }
+    }
+
+    /// Ends what waits and reaches behind the end of the image: it is not done.
+    pub(super) fn fail_parked_behind(&mut self, end: Lba) {
+        // A discard that the disk has ends by itself.
+        let first = usize::from(self.discarding.is_submitted());
+        let mut index = first;
+        while let Some(parked) = self.parked.get(index) {
+            let is_behind = match parked {
+                ParkedWrite::Write { extent, .. } => extent.end() > end,
+                ParkedWrite::Discard { extents, .. } => extents.iter().any(|e| e.end() > end),
+                ParkedWrite::Zeros { .. } => false,
+            };
+            if !is_behind {
+                index += 1;
+                continue;
+            }
+            match self.parked.remove(index) {
+                Some(ParkedWrite::Write { token, data, .. }) => {
+                    self.parked_bytes -= data.len();
+                    self.bufs.put(data.buf);
+                    self.complete(token, None, false);
+                }
+                Some(ParkedWrite::Discard { token, .. }) => self.complete(token, None, false),
+                _ => {}
             }
         }
     }

@@ -643,11 +643,11 @@ fn what_was_cut_off_the_disk_is_not_remembered_when_it_grows_again() {
         start: START as u64,
         sectors,
     };
-    bench.target.resize(bounds(33));
+    bench.target.resize(Instant::now(), bounds(33));
     let rest = START + 33 * 512..START + SECTORS as usize * 512;
     let zeros = vec![0; rest.len()];
     bench.medium.write_at(&zeros, rest.start as u64).unwrap();
-    bench.target.resize(bounds(SECTORS));
+    bench.target.resize(Instant::now(), bounds(SECTORS));
     let read = bench.ask(&Ask::read(32, 2));
     let expected = [sectors(1, 1), sectors(0, 1)].concat();
     assert_eq!(read.sectors(2).unwrap(), expected);

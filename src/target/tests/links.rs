@@ -156,9 +156,9 @@ fn another_size_is_news_once() {
         start: START as u64,
         sectors,
     };
-    assert!(!bench.target.resize(bounds(SECTORS)));
-    assert!(bench.target.resize(bounds(10)));
-    assert!(!bench.target.resize(bounds(10)));
+    assert!(!bench.target.resize(Instant::now(), bounds(SECTORS)));
+    assert!(bench.target.resize(Instant::now(), bounds(10)));
+    assert!(!bench.target.resize(Instant::now(), bounds(10)));
     assert_eq!(registers(&bench.ask(&Ask::read(10, 1))), (0x41, 0x10, 1));
     assert!(bench.ask(&Ask::read(9, 1)).sectors(1).is_some());
 }
