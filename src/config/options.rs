@@ -16,6 +16,11 @@ use crate::access::Policy;
 use crate::store::{Create, ImageOptions, Window};
 use crate::wire::{Address, MacAddr, mask};
 
+/// Where a run directory is unless told.
+const RUN_DIRS: [&str; 2] = ["/run/aoede", "/dev/shm/aoede"];
+/// Its folders, which hold nothing but what aoede makes.
+const RUN_SUBDIRS: [&str; 3] = ["arena", "claims", "control"];
+
 /// Where messages go.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum LogChoice {
@@ -96,8 +101,8 @@ pub enum ConfigError {
     Usage(String),
     /// A setting means nothing.
     Tuneup(TuneupError),
-    /// The shadow path cannot be used.
-    Shadow(String),
+    /// A path cannot be used for what it is to be.
+    Path(String),
 }
 
 impl ConfigError {
@@ -107,7 +112,7 @@ impl ConfigError {
             ConfigError::Clap(e) => e.exit_code() as u8,
             ConfigError::Usage(_) => 2,
             ConfigError::Tuneup(e) if e.is_usage() => 2,
-            ConfigError::Tuneup(_) | ConfigError::Shadow(_) => 1,
+            ConfigError::Tuneup(_) | ConfigError::Path(_) => 1,
         }
     }
 }
@@ -122,7 +127,7 @@ impl fmt::Display for ConfigError {
                 write!(f, "{}; see --help", line.trim_start_matches("error: "))
             }
             ConfigError::Clap(e) => write!(f, "{e}"),
-            ConfigError::Usage(text) | ConfigError::Shadow(text) => f.write_str(text),
+            ConfigError::Usage(text) | ConfigError::Path(text) => f.write_str(text),
             ConfigError::Tuneup(e) => write!(f, "{e}"),
         }
     }
@@ -167,6 +172,18 @@ impl TryFrom<Cli> for Options {
         let shadow = shadow
             .map(|shadow| check_shadow(shadow, &image))
             .transpose()?;
+        let (state_dir, run_dir) = (absolute(&cli.state_dir)?, cli.run_dir.as_deref());
+        let run_dir = run_dir.map(absolute).transpose()?;
+        let pid_file = cli.pid_file.as_deref().map(absolute).transpose()?;
+        if let Some(path) = &pid_file {
+            check_pid_file(
+                path,
+                &image,
+                shadow.as_ref(),
+                &state_dir,
+                run_dir.as_deref(),
+            )?;
+        }
         let mut tuneup = Tuneup::default();
         if let Some(path) = &cli.tuneup {
             tuneup.load(path).map_err(ConfigError::Tuneup)?;
@@ -193,8 +210,8 @@ impl TryFrom<Cli> for Options {
             policy: policy(&cli.masks, &cli.deny)?,
             shadow,
             shared_address: cli.shared_address,
-            state_dir: absolute(&cli.state_dir)?,
-            run_dir: cli.run_dir.as_deref().map(absolute).transpose()?,
+            state_dir,
+            run_dir,
             discard_arena: cli.discard_arena,
             discard_shadow: cli.discard_shadow,
             tuneup,
@@ -205,7 +222,7 @@ impl TryFrom<Cli> for Options {
                 (false, 1) => LevelFilter::Debug,
                 (false, _) => LevelFilter::Trace,
             },
-            pid_file: cli.pid_file.as_deref().map(absolute).transpose()?,
+            pid_file,
         })
     }
 }
@@ -308,7 +325,7 @@ fn shadow_option(text: &str) -> Result<ShadowOption, ConfigError> {
 /// path it returns has no links on the way, so that a later start knows it again.
 fn check_shadow(mut shadow: ShadowOption, image: &Path) -> Result<ShadowOption, ConfigError> {
     let path = shadow.path.clone();
-    let bad = |why: &str| Err(ConfigError::Shadow(format!("-f {}: {why}", path.display())));
+    let bad = |why: &str| Err(ConfigError::Path(format!("-f {}: {why}", path.display())));
     let real = |path: &Path| std::fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
     if real(&path) == real(image) {
         return bad("is the image itself; name another file");
@@ -327,6 +344,56 @@ fn check_shadow(mut shadow: ShadowOption, image: &Path) -> Result<ShadowOption, 
     }
     shadow.path = real(parent).join(name);
     Ok(shadow)
+}
+
+/// Refuses a pid file in the place of a file that the export has or may yet make.
+fn check_pid_file(
+    path: &Path,
+    image: &Path,
+    shadow: Option<&ShadowOption>,
+    state_dir: &Path,
+    run_dir: Option<&Path>,
+) -> Result<(), ConfigError> {
+    let real = |path: &Path| match (path.parent(), path.file_name()) {
+        (Some(parent), Some(name)) => {
+            let parent = std::fs::canonicalize(parent);
+            parent.map_or_else(|_| path.to_owned(), |parent| parent.join(name))
+        }
+        _ => path.to_owned(),
+    };
+    let path = real(path);
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    // A freeze adds endings to the shadow's name.
+    let is_of_shadow = |shadow: &ShadowOption| {
+        let rest = shadow
+            .path
+            .file_name()
+            .unwrap_or_default()
+            .to_string_lossy();
+        let rest = name.strip_prefix(&*rest);
+        path.parent() == shadow.path.parent()
+            && rest.is_some_and(|rest| rest.is_empty() || rest.starts_with('.'))
+    };
+    let is_in = |dir: &Path| path.parent() == Some(&real(dir));
+    let defaults = RUN_DIRS.map(Path::new);
+    let run_dirs = || run_dir.into_iter().chain(defaults);
+    let what = if path == real(image) || std::fs::canonicalize(image).is_ok_and(|i| i == path) {
+        "is the image itself"
+    } else if shadow.is_some_and(is_of_shadow) {
+        "is a name of the shadow's"
+    } else if name.ends_with(".toml") && is_in(state_dir) {
+        "is a name of the state directory's"
+    } else if run_dirs().any(|dir| is_in(dir) && name.ends_with(".arena"))
+        || run_dirs().any(|dir| RUN_SUBDIRS.iter().any(|sub| is_in(&dir.join(sub))))
+    {
+        "is a name of the run directory's"
+    } else {
+        return Ok(());
+    };
+    let path = path.display();
+    Err(ConfigError::Path(format!(
+        "--pid-file {path}: {what}; name another file"
+    )))
 }
 
 fn absolute(path: &Path) -> Result<PathBuf, ConfigError> {

@@ -1,15 +1,18 @@
 //! The process around an export: leaving the terminal, the pid file, and the
 //! lines it says when it begins.
 
+mod pid_file;
+
 use std::fmt;
-use std::fs::{self, File};
 use std::io::{self, Write};
-use std::path::{Path, PathBuf};
 
 use crate::config::{LogChoice, Options};
 use crate::server::{Export, ServeError};
 use crate::sys::process::{Detached, Terminal, detach};
 use crate::sys::signals::Signals;
+use pid_file::PidFile;
+
+pub use pid_file::PidFileError;
 
 /// Why the process ends with an error.
 #[derive(Debug)]
@@ -17,7 +20,7 @@ pub enum DaemonError {
     /// The export.
     Serve(ServeError),
     /// The pid file.
-    PidFile(PathBuf, io::Error),
+    PidFile(PidFileError),
     /// A system call, and which.
     System(&'static str, io::Error),
     /// What the detached process said in the end.
@@ -28,13 +31,7 @@ impl fmt::Display for DaemonError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             DaemonError::Serve(e) => write!(f, "{e}"),
-            DaemonError::PidFile(path, e) => {
-                write!(
-                    f,
-                    "pid file {}: {e}; name another --pid-file",
-                    path.display()
-                )
-            }
+            DaemonError::PidFile(e) => write!(f, "{e}"),
             DaemonError::System(what, e) => write!(f, "{what}: {e}"),
             DaemonError::Child(text) => f.write_str(text),
         }
@@ -46,6 +43,12 @@ impl std::error::Error for DaemonError {}
 impl From<ServeError> for DaemonError {
     fn from(e: ServeError) -> DaemonError {
         DaemonError::Serve(e)
+    }
+}
+
+impl From<PidFileError> for DaemonError {
+    fn from(e: PidFileError) -> DaemonError {
+        DaemonError::PidFile(e)
     }
 }
 
@@ -92,10 +95,10 @@ pub fn run(options: &Options, terminal: Option<Terminal>) -> Result<(), DaemonEr
 fn begin(options: &Options) -> Result<(Export, Signals, Option<PidFile>), DaemonError> {
     // Before the export, which may make an image: all that can be refused is
     // refused first.
-    let pid_file = options.pid_file.as_deref().map(PidFile::open).transpose()?;
+    let mut pid_file = options.pid_file.as_deref().map(PidFile::open).transpose()?;
     let export = Export::open(options)?;
     let signals = Signals::install().map_err(|e| DaemonError::System("signal handlers", e))?;
-    if let Some(pid_file) = &pid_file {
+    if let Some(pid_file) = &mut pid_file {
         pid_file.write()?;
     }
     let mut out = io::stdout().lock();
@@ -105,53 +108,4 @@ fn begin(options: &Options) -> Result<(Export, Signals, Option<PidFile>), Daemon
     }
     let _ = out.flush();
     Ok((export, signals, pid_file))
-}
-
-/// A file with our process id, as long as we serve.
-struct PidFile {
-    path: PathBuf,
-    file: File,
-    /// Whether it was not there before.
-    is_new: bool,
-}
-
-impl PidFile {
-    /// Sees that it can be written, and leaves what it says as it is.
-    fn open(path: &Path) -> Result<PidFile, DaemonError> {
-        let mut how = File::options();
-        let how = how.write(true);
-        let (file, is_new) = match how.clone().create_new(true).open(path) {
-            Err(e) if e.kind() == io::ErrorKind::AlreadyExists => (how.open(path), false),
-            file => (file, true),
-        };
-        let file = file.map_err(|e| DaemonError::PidFile(path.to_owned(), e))?;
-        Ok(PidFile {
-            path: path.to_owned(),
-            file,
-            is_new,
-        })
-    }
-
-    fn write(&self) -> Result<(), DaemonError> {
-        let mut file = &self.file;
-        self.file
-            .set_len(0)
-            .and_then(|()| file.write_all(own_id().as_bytes()))
-            .map_err(|e| DaemonError::PidFile(self.path.clone(), e))
-    }
-}
-
-fn own_id() -> String {
-    format!("{}\n", std::process::id())
-}
-
-impl Drop for PidFile {
-    fn drop(&mut self) {
-        // Another process may have written itself into it since.
-        let text = fs::read_to_string(&self.path).unwrap_or_default();
-        if text == own_id() || (self.is_new && text.is_empty()) {
-            // Whoever took it away has saved us the work.
-            let _ = fs::remove_file(&self.path);
-        }
-    }
 }

@@ -7,6 +7,7 @@
 pub mod buffer;
 pub mod file;
 pub mod link;
+pub mod lock;
 pub mod mmsg;
 pub mod packet;
 pub mod process;

@@ -1,9 +1,24 @@
-//! Leaving the terminal.
+//! Leaving the terminal; when another process began.
 
-use std::fs::{File, OpenOptions};
+use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Write};
+use std::time::{Duration, SystemTime};
 
 use nix::unistd::{ForkResult, dup2_stderr, dup2_stdin, dup2_stdout, fork, setsid};
+
+/// Units of time in /proc in a second, the same on every Linux of ours.
+const USER_HZ: u64 = 100;
+
+/// Returns when a process began; `None` if there is none, or /proc does not tell.
+pub fn started(pid: i32) -> Option<SystemTime> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    // Behind the command, which may hold anything, 20th of the rest (proc(5)).
+    let ticks: u64 = stat.rsplit_once(") ")?.1.split(' ').nth(19)?.parse().ok()?;
+    let uptime = fs::read_to_string("/proc/uptime").ok()?;
+    let uptime: f64 = uptime.split(' ').next()?.parse().ok()?;
+    let boot = SystemTime::now().checked_sub(Duration::try_from_secs_f64(uptime).ok()?)?;
+    boot.checked_add(Duration::from_millis(ticks.saturating_mul(1000 / USER_HZ)))
+}
 
 /// In which of the two processes [`detach`] returned.
 #[derive(Debug)]
@@ -64,5 +79,25 @@ impl Terminal {
             Ok(()) => self.0.write_all(b"+"),
             Err(why) => self.0.write_all(why.as_bytes()),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_process_began_before_now_and_one_that_is_gone_never() {
+        let mut child = std::process::Command::new("sleep")
+            .arg("60")
+            .spawn()
+            .unwrap();
+        let pid = child.id() as i32;
+        let age = started(pid).unwrap().elapsed().unwrap_or_default();
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert!(age < Duration::from_secs(10), "{age:?}");
+        assert!(started(1).unwrap() < SystemTime::now());
+        assert_eq!(started(pid), None);
     }
 }

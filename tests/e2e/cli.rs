@@ -328,8 +328,22 @@ fn what_cannot_be_served_is_refused_with_1() {
             ],
             &["no/pid", "--pid-file"],
         ),
+        // What stands there is somebody's data.
+        (
+            &["1", "1", "tgt0", "disk.img", "--pid-file", "disk.img"],
+            &["disk.img", "the image itself"],
+        ),
+        (
+            &["1", "1", "tgt0", "disk.img", "--pid-file", "hard.img"],
+            &["hard.img", "something else", "--pid-file"],
+        ),
+        (
+            &["1", "1", "tgt0", "disk.img", "--pid-file", "/dev/null"],
+            &["/dev/null", "no regular file"],
+        ),
         (&["1", "1", "tgt0", "a\nb.img"], &["b.img"]),
     ];
+    fs::hard_link(bench.store.image(), bench.store.path().join("hard.img")).unwrap();
     check(&bench, 1, cases);
     bench.lab.host.set_mtu("tgt0", 500).unwrap();
     let small: Case = (

@@ -510,26 +510,28 @@ fn aoeded_that_may_not_begin_says_so_where_it_was_started_and_in_the_log() {
 }
 
 #[test]
-fn two_processes_of_one_pid_file_do_not_take_it_from_each_other() {
+fn a_pid_file_is_refused_to_a_second_process_as_long_as_the_first_lives() {
     if !lab::require("one pid file for two", &[Need::Network]) {
         return;
     }
     let (lab, a, b) = (Lab::new(2, 1500), Store::new(IMAGE), Store::new(IMAGE));
     let pid_file = a.path().join("pid");
     let option = pid_file.to_str().unwrap();
-    let first = serve(&lab.host, &a, &["tgt0"], &["--pid-file", option]);
+    let mut first = serve(&lab.host, &a, &["tgt0"], &["--pid-file", option]);
     let read = || fs::read_to_string(&pid_file).unwrap();
     assert_eq!(read(), format!("{}\n", first.pid()));
-    // A start that is refused leaves it alone.
-    let refused = command(&lab.host, &b, &["tgt0"], &["--pid-file", option]);
-    assert_eq!(
-        refused.start().unwrap().wait(soon()).unwrap().code(),
-        Some(1)
-    );
+    let mut refused = command(&lab.host, &b, &["tgt1"], &["--pid-file", option])
+        .start()
+        .unwrap();
+    assert_eq!(refused.wait(soon()).unwrap().code(), Some(1));
+    let pid = format!("process {} (aoede)", first.pid());
+    let named = |l: &String| l.contains(&pid) && l.contains(option);
+    assert!(refused.output().iter().any(named), "{:?}", refused.output());
     assert_eq!(read(), format!("{}\n", first.pid()));
+    // What a process that was killed leaves is replaced.
+    first.kill().unwrap();
+    assert!(pid_file.exists());
     let second = serve(&lab.host, &b, &["tgt1"], &["--pid-file", option]);
-    assert_eq!(read(), format!("{}\n", second.pid()));
-    stop(first);
     assert_eq!(read(), format!("{}\n", second.pid()));
     stop(second);
     assert!(!pid_file.exists());

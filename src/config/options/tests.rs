@@ -157,3 +157,59 @@ fn help_and_version_are_no_errors() {
     assert_eq!(refused("--help").0, 0);
     assert_eq!(refused("--version").0, 0);
 }
+
+#[test]
+fn a_pid_file_is_no_file_of_the_export() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = |name: &str| dir.path().join(name).display().to_string();
+    std::fs::write(at("disk.img"), "").unwrap();
+    std::os::unix::fs::symlink("disk.img", at("link.img")).unwrap();
+    std::os::unix::fs::symlink(".", at("here")).unwrap();
+    std::fs::create_dir(at("state")).unwrap();
+    std::fs::create_dir_all(at("run/arena")).unwrap();
+    let line = |image: &str, pid_file: &str| {
+        format!(
+            "1 1 lo {} -f {} --state-dir {} --run-dir {} --pid-file {}",
+            at(image),
+            at("cow"),
+            at("state"),
+            at("run"),
+            if pid_file.starts_with('/') {
+                pid_file.into()
+            } else {
+                at(pid_file)
+            },
+        )
+    };
+    for (image, pid_file, what) in [
+        ("disk.img", "disk.img", "the image"),
+        ("disk.img", "here/disk.img", "the image"),
+        ("link.img", "disk.img", "the image"),
+        ("link.img", "link.img", "the image"),
+        ("new.img", "new.img", "the image"),
+        ("disk.img", "cow", "the shadow"),
+        ("disk.img", "here/cow.new", "the shadow"),
+        ("disk.img", "cow.lock", "the shadow"),
+        ("disk.img", "state/e1.1-disk.img-0.toml", "the state"),
+        ("disk.img", "run/0-0.arena", "the run"),
+        ("disk.img", "run/arena/pid", "the run"),
+        ("disk.img", "/run/aoede/claims/pid", "the run"),
+    ] {
+        let (code, text) = refused(&line(image, pid_file));
+        assert_eq!(code, 1, "{text}");
+        assert!(
+            text.contains(what) && text.contains("name another"),
+            "{text}"
+        );
+    }
+    for pid_file in [
+        "pid",
+        "cows",
+        "state/pid",
+        "run/e1.1.pid",
+        "my.toml",
+        "/run/aoede/e1.1.pid",
+    ] {
+        parse(&line("disk.img", pid_file)).unwrap();
+    }
+}
