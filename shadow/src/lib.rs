@@ -66,6 +66,7 @@
 
 mod check;
 mod extent;
+pub mod faults;
 mod file;
 mod format;
 mod identity;

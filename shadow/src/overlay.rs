@@ -258,7 +258,9 @@ impl<F: BlockFile> Shadow<F> {
         }
         // A crash up to here leaves every bit: what the image has got, or half
         // of it, is hidden by the shadow, and is merged again.
-        image.sync().inspect_err(|_| self.failed = true)?;
+        if !crate::fault!("merge-bits-before-image-sync") {
+            image.sync().inspect_err(|_| self.failed = true)?;
+        }
         // Only now, the content being safe in the image, the bits go. A crash
         // among the pages clears some chunks and not others; both places have
         // the same content.
@@ -348,6 +350,10 @@ impl<F: BlockFile> Shadow<F> {
         if written.is_ok() {
             // Without this the next commit could overwrite the older copy while
             // the newer is not yet there.
+            if crate::fault!("bits-not-synced") {
+                self.map.settle(commit, true);
+                return Ok(());
+            }
             written = self.file.sync().inspect_err(|_| self.failed = true);
         }
         self.map.settle(commit, written.is_ok());

@@ -70,12 +70,14 @@ pub enum Verdict {
 /// empty (AoEr11 2.5; the outer wall is ours).
 pub fn admits(policy: &Policy, state: &WireState, source: MacAddr) -> bool {
     let on = |list: &[MacAddr]| list.is_empty() || list.contains(&source);
-    on(&policy.masks) && on(&state.masks)
+    on(&policy.masks) && (on(&state.masks) || shadow::fault!("mask-admits-all"))
 }
 
 /// Whether this sender may use the disk while there is a reservation.
 pub fn may_use(state: &WireState, source: MacAddr) -> bool {
-    state.reserved.is_empty() || state.reserved.contains(&source)
+    state.reserved.is_empty()
+        || state.reserved.contains(&source)
+        || shadow::fault!("reservation-ignored")
 }
 
 /// Carries out a Query/Config request. `longest` is the length of the longest

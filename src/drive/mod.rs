@@ -212,7 +212,10 @@ pub fn decode<'a>(
     let within = |lba: u64| {
         Extent::new(Lba(lba), u64::from(taskfile.count))
             // Of no sector none can lie past the end.
-            .filter(|extent| extent.is_empty() || extent.fits(limits.sectors))
+            .filter(|extent| {
+                let sectors = limits.sectors + u64::from(shadow::fault!("one-sector-past-the-end"));
+                extent.is_empty() || extent.fits(sectors)
+            })
             .ok_or(Refusal::Ata(not_found(taskfile)))
     };
     // A frame holds what we said it holds; more than that was never offered.

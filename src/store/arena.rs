@@ -256,6 +256,9 @@ impl Arena {
     /// Makes what was written into the slot count: from here on it survives us.
     pub fn publish(&mut self, slot: u32, sequence: u64, block: u64, dirty: u64, generation: u64) {
         let header = HEADERS + HEADER * slot as usize;
+        if shadow::fault!("arena-commit-word-first") {
+            self.slots.set_word(header, sequence);
+        }
         for (word, value) in [(1, block), (2, dirty), (3, generation), (4, 0)] {
             self.slots.set_word(header + word, value);
         }
@@ -407,7 +410,9 @@ impl OldArena {
             .collect();
         // The oldest first: whoever is killed in between must not bring an older
         // one over a newer one.
-        slots.sort_unstable();
+        if !shadow::fault!("old-arena-retired-by-slot") {
+            slots.sort_unstable();
+        }
         for (_, slot) in slots {
             self.slots.set_word(header(slot), 0);
         }

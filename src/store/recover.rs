@@ -271,7 +271,9 @@ fn write_record(
     let path = options.state_dir.join(format!("{}.arena.toml", name(id)));
     let mut file = tempfile::NamedTempFile::new_in(&options.state_dir)?;
     file.write_all(table.to_string().as_bytes())?;
-    file.as_file().sync_all()?;
+    if !shadow::fault!("arena-record-not-synced") {
+        file.as_file().sync_all()?;
+    }
     file.persist(&path)?;
     sync_directory(&path)?;
     Ok(Record {
@@ -468,7 +470,9 @@ impl Scene<'_> {
         })
         .map_err(fail)?;
         // What a merge has brought to the image is there before its bits go.
-        image.sync().map_err(fail)?;
+        if !shadow::fault!("replay-not-synced") {
+            image.sync().map_err(fail)?;
+        }
         if let Some(shadow) = shadow {
             shadow.sync().map_err(fail)?;
         }

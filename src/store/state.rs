@@ -84,7 +84,9 @@ impl StateFile {
         file.write_all(text.as_bytes())?;
         // The name may only point to what is on the disk: first the content,
         // then the name, then the directory that holds the name.
-        file.as_file().sync_all()?;
+        if !shadow::fault!("state-not-synced") {
+            file.as_file().sync_all()?;
+        }
         file.persist(&self.path)?;
         File::open(&self.directory)?.sync_all()
     }

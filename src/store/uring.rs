@@ -95,7 +95,11 @@ impl UringDisk {
                 let range = offset..offset + len;
                 return done(Some(BufSlice { buf, range }), Ok(()));
             }
-            (Held::Write(_), Ok(written)) if written == len => return done(None, Ok(())),
+            (Held::Write(_), Ok(written))
+                if written == len || shadow::fault!("uring-short-write") =>
+            {
+                return done(None, Ok(()));
+            }
             (Held::Sync, Ok(_)) => return done(None, Ok(())),
             (Held::Read(_), Err(e)) if !again => {
                 return done(None, error(JobKind::Read, Some(at), e));

@@ -150,6 +150,7 @@ impl Target {
         if ask.extensions.crc8x4
             && drive::is_write(taskfile)
             && crc::is_right(request.frame, taskfile.count) == Some(false)
+            && !shadow::fault!("damaged-write-taken")
         {
             return self.damaged(ask);
         }
@@ -221,7 +222,12 @@ impl Target {
             let writes = drive::is_write(&taskfile);
             match self.sessions.begin(id, origin.tag, writes) {
                 Begun::Untracked => {}
-                Begun::Fresh(fresh) => life = Some(fresh),
+                Begun::Fresh(fresh) => {
+                    life = Some(fresh);
+                    if writes && shadow::fault!("tag-marked-before-accepted") {
+                        self.sessions.mark(id, origin.tag);
+                    }
+                }
                 Begun::InHand => {
                     self.counters.duplicate_writes += u64::from(writes);
                     return Served::Dropped(Dropped::InHand);

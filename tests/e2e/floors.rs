@@ -172,3 +172,45 @@ fn unsafe_stands_in_one_room() {
         }
     }
 }
+
+/// The names of the deliberate faults in a source, in order.
+fn faults(source: &str) -> Vec<String> {
+    let calls = source.split("fault!(").skip(1);
+    let name = |call: &str| Some(call.trim_start().strip_prefix('"')?.split_once('"')?.0.into());
+    calls.filter_map(name).collect()
+}
+
+#[test]
+fn each_deliberate_fault_is_in_one_place_and_has_a_test() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let mut files = Vec::new();
+    for dir in ["src", "shadow/src"] {
+        sources(&root.join(dir), &mut files);
+    }
+    let read = |file: &PathBuf| faults(&fs::read_to_string(file).unwrap());
+    let mut used: Vec<String> = files.iter().flat_map(read).collect();
+    used.sort();
+    let list = fs::read_to_string(root.join("tests/faults.list")).unwrap();
+    let lines = list.lines().filter(|line| !line.starts_with('#'));
+    let mut listed: Vec<String> = Vec::new();
+    for line in lines {
+        let mut words = line.split_whitespace();
+        listed.push(words.next().expect("no empty line").into());
+        let place = words.next().expect("a test binary");
+        assert!(["aoede", "shadow", "crash"].contains(&place), "{line}");
+        assert!(words.next().is_some(), "{line}: no test");
+    }
+    listed.sort();
+    // As lists: a name that is used twice would be here twice.
+    assert_eq!(used, listed, "in the sources (left), in tests/faults.list");
+    let mut once = used.clone();
+    once.dedup();
+    assert_eq!(used, once);
+    assert!(used.len() >= 29, "only {} faults", used.len());
+}
+
+#[test]
+fn the_reader_of_faults_sees_names_on_the_next_line() {
+    let source = "if fault!(\"a-b\") || shadow::fault!(\n    \"c\"\n) { macro_fault!(name) }";
+    assert_eq!(faults(source), ["a-b", "c"]);
+}

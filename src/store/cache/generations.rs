@@ -73,6 +73,9 @@ impl Cache {
 
     /// Whether the slot belongs to the generation that is being drained.
     pub(super) fn is_older(&self, slot: u32) -> bool {
+        if shadow::fault!("generations-mixed") {
+            return false;
+        }
         let meta = &self.meta[slot as usize];
         let dirty = !matches!(meta.state, State::Clean | State::Free);
         self.generations.draining && dirty && meta.line != self.generations.line()

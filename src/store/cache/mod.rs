@@ -365,6 +365,9 @@ impl Cache {
     /// older than they are.
     pub fn hold(&mut self, extent: Extent) -> Vec<u64> {
         let mut blocks = Vec::new();
+        if shadow::fault!("fill-holds-no-block") {
+            return blocks;
+        }
         for piece in self.pieces(extent) {
             if let Some(slot) = self.find(piece.block) {
                 self.meta[slot as usize].holds += 1;
@@ -524,6 +527,9 @@ impl Cache {
         match before.state {
             // Not handed to the disk yet: the new version takes its account.
             State::Dirty | State::Planned => {
+                if shadow::fault!("arena-retired-before-publish") {
+                    self.arena.retire(old);
+                }
                 self.meta[fresh as usize].line = before.line;
                 self.publish(fresh, dirty);
                 let meta = &mut self.meta[fresh as usize];
@@ -541,7 +547,7 @@ impl Cache {
                 self.make_dirty(fresh, dirty, now);
                 self.arena.retire(old);
                 self.replace(block, old, fresh);
-                self.meta[fresh as usize].waits = true;
+                self.meta[fresh as usize].waits = !shadow::fault!("writes-of-a-block-overlap");
                 self.meta[old as usize].present = false;
                 self.queue_back(fresh);
             }

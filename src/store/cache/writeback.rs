@@ -347,6 +347,9 @@ impl Cache {
 
     pub(super) fn record(&mut self, slot: u32) {
         let meta = self.meta[slot as usize];
+        if shadow::fault!("arena-retired-before-sync") {
+            self.arena.retire(slot);
+        }
         self.epochs.written(meta.epoch);
         self.written.push(Record {
             block: meta.block,
@@ -411,6 +414,10 @@ impl Cache {
     /// That is what the sync covered, what was written while it ran, and what
     /// is being written now.
     pub fn sync_ended(&mut self, mut records: Vec<Record>, ok: bool, now: Instant) {
+        let ok = ok || shadow::fault!("failed-sync-trusted");
+        if shadow::fault!("sync-covers-later-writes") {
+            records.append(&mut self.written);
+        }
         if !ok {
             records.append(&mut self.written);
             for meta in self
@@ -418,7 +425,7 @@ impl Cache {
                 .iter_mut()
                 .filter(|meta| meta.state == State::Writing)
             {
-                meta.failed = true;
+                meta.failed = !shadow::fault!("writing-trusted-after-failed-sync");
             }
         }
         for record in records {

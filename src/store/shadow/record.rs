@@ -61,7 +61,9 @@ impl Record {
         fs::create_dir_all(directory)?;
         let mut file = tempfile::NamedTempFile::new_in(directory)?;
         file.write_all(table.to_string().as_bytes())?;
-        file.as_file().sync_all()?;
+        if !shadow::fault!("shadow-record-not-synced") {
+            file.as_file().sync_all()?;
+        }
         file.persist(&self.path)?;
         paths::sync_directory(&self.path)
     }

@@ -74,7 +74,8 @@ impl Volume {
         if self.discarding.edges.is_some() {
             return self.zero_edges(now);
         }
-        if self.discarding.submitted || self.cache.has_dirty() || !self.may_discard() {
+        let dirty = self.cache.has_dirty() && !shadow::fault!("discard-passes-writes");
+        if self.discarding.submitted || dirty || !self.may_discard() {
             return;
         }
         let extents = match self.parked.front() {
@@ -106,7 +107,8 @@ impl Volume {
         let hull = extents.iter().copied().reduce(Extent::hull);
         let hull = hull.map(|hull| self.cache.blocks_around(hull));
         self.discarding.hull = hull;
-        self.discarding.submitted = !hull.is_some_and(|hull| self.is_filling(hull));
+        self.discarding.submitted = shadow::fault!("discard-passes-reads")
+            || !hull.is_some_and(|hull| self.is_filling(hull));
         self.discarding.submitted
     }
 

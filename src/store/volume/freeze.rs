@@ -369,7 +369,7 @@ impl Volume {
                 }
             }
             Stage::Freezing { cut } => {
-                if self.cache.is_synced(cut) {
+                if self.cache.is_synced(cut) || shadow::fault!("frozen-before-synced") {
                     self.cache.end_drain();
                     if self.freezing.thaw.is_some() {
                         self.freezing.stage = Stage::Sealing { cut: false };

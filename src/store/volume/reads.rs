@@ -297,6 +297,9 @@ impl Volume {
 
     /// A write came: fills under way may bring what was there before it.
     pub(super) fn overtake_fills(&mut self, extent: Extent) {
+        if shadow::fault!("fill-not-stale") {
+            return;
+        }
         for id in &self.fills {
             if let Some(Under::Fill(fill)) = &mut self.under[*id as usize] {
                 fill.stale |= fill.span.overlaps(extent);

@@ -197,6 +197,10 @@ impl Volume {
             }
             (Some(side), None) if frozen => side.disk.submit(COMMIT, Job::Sync),
             // The image; the bits follow when it has the data.
+            (Some(side), Some(pages)) if shadow::fault!("thaw-bits-before-image-sync") => {
+                let data_first = false;
+                side.disk.submit(COMMIT, Job::Commit { data_first, pages });
+            }
             _ => self.disk.submit(super::SYNC, Job::Sync),
         }
     }
@@ -287,7 +291,9 @@ impl Volume {
     pub(super) fn end_waiting(&mut self, now: Instant) {
         let mut served = 0;
         while let Some(waiter) = self.until_synced.front().copied() {
-            if !self.cache.is_synced(waiter.epoch) {
+            let early = shadow::fault!("flush-answered-when-written");
+            let enough = early && self.cache.is_written(waiter.epoch);
+            if !(self.cache.is_synced(waiter.epoch) || enough) {
                 break;
             }
             self.until_synced.pop_front();
