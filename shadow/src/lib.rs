@@ -68,6 +68,7 @@ mod check;
 mod extent;
 pub mod faults;
 mod file;
+mod files;
 mod format;
 mod identity;
 mod map;
@@ -81,6 +82,7 @@ pub mod trial;
 pub use check::{Finding, Other, Report, check};
 pub use extent::{Extent, Lba, SECTOR};
 pub use file::{BlockFile, MemoryFile};
+pub use files::{Files, RealFiles, replace_text};
 pub use format::{Chunk, Geometry, Page, Spec, State, VERSION, header_page};
 pub use identity::{
     DeviceFacts, Difference, Facts, FileFacts, Identity, Kind, Verdict, WORDS as FACT_WORDS,

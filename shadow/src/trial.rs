@@ -2,14 +2,21 @@
 //!
 //! A [`Disk`] has several files, each a [`BlockFile`], and counts what is done
 //! to all of them. It can refuse one operation, or lose power at one; what was
-//! not synced by then is kept, lost or torn, sector by sector.
+//! not synced by then is kept, lost or torn, sector by sector. Files may have
+//! names: of the changes of names in a directory since its last sync, a cut of
+//! the power keeps the first few.
 
 use std::collections::BTreeMap;
 use std::io;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::extent::SECTOR;
 use crate::file::BlockFile;
+use crate::files::Files;
+
+/// The most bytes of a text file.
+const TEXT_MAX: u64 = 64 << 10;
 
 type Sector = [u8; SECTOR as usize];
 
@@ -58,6 +65,19 @@ struct Content {
 }
 
 impl Content {
+    /// The whole file, where its sectors are these.
+    fn bytes_of(&self, sectors: &BTreeMap<u64, Sector>) -> Vec<u8> {
+        let mut bytes = vec![0; self.len.next_multiple_of(SECTOR) as usize];
+        for (sector, content) in sectors {
+            let at = (sector * SECTOR) as usize;
+            if let Some(place) = bytes.get_mut(at..at + content.len()) {
+                place.copy_from_slice(content);
+            }
+        }
+        bytes.truncate(self.len as usize);
+        bytes
+    }
+
     /// Lets each sector that was not synced become what fate says.
     fn settle(&mut self, fate: Fate) {
         let mut dice = Dice::new(if let Fate::Torn(seed) = fate { seed } else { 0 });
@@ -79,9 +99,38 @@ impl Content {
     }
 }
 
+/// The names in a directory, and the file that each stands for.
+#[derive(Clone, Debug, Default)]
+struct Directory {
+    now: BTreeMap<PathBuf, usize>,
+    stable: BTreeMap<PathBuf, usize>,
+    /// All names after each change since the last sync, in order.
+    unsynced: Vec<BTreeMap<PathBuf, usize>>,
+}
+
+impl Directory {
+    /// Lets the changes that were not synced become what fate says: a journal
+    /// keeps their order.
+    fn settle(&mut self, fate: Fate) {
+        let versions = std::mem::take(&mut self.unsynced);
+        let kept = match fate {
+            Fate::Lost => 0,
+            Fate::Kept => versions.len(),
+            Fate::Torn(seed) => Dice::new(seed).roll(versions.len() as u64 + 1) as usize,
+        };
+        if let Some(version) = kept
+            .checked_sub(1)
+            .and_then(|i| versions.into_iter().nth(i))
+        {
+            self.stable = version;
+        }
+    }
+}
+
 #[derive(Debug, Default)]
 struct World {
     files: Vec<Content>,
+    directories: BTreeMap<PathBuf, Directory>,
     operations: u64,
     fail_at: Option<u64>,
     cut_at: Option<u64>,
@@ -111,6 +160,20 @@ impl World {
         }
         Turn::Done
     }
+
+    /// The same files and names, with nothing told to fail.
+    fn copy(&self) -> World {
+        World {
+            files: self.files.clone(),
+            directories: self.directories.clone(),
+            ..World::default()
+        }
+    }
+}
+
+/// The directory that a name is in.
+fn directory_of(path: &Path) -> PathBuf {
+    path.parent().unwrap_or(Path::new("")).to_owned()
 }
 
 /// A disk of files in memory, which can fail and lose its power.
@@ -165,10 +228,13 @@ impl Disk {
     /// Another disk that is the same in all, with nothing told to fail: what the
     /// next process finds when one ends and the power stays.
     pub fn copy(&self) -> Disk {
-        Disk(Arc::new(Mutex::new(World {
-            files: self.world().files.clone(),
-            ..World::default()
-        })))
+        let copy = self.world().copy();
+        Disk(Arc::new(Mutex::new(copy)))
+    }
+
+    /// Refuses no operation any more that was told to fail and has not.
+    pub fn fail_none(&self) {
+        self.world().fail_at = None;
     }
 
     /// Whether the power went.
@@ -179,19 +245,124 @@ impl Disk {
     /// The disk when the power is back: another one, with what this one has on
     /// stable storage. Cuts the power now if it is still there.
     pub fn restart(&self, fate: Fate) -> Disk {
-        let mut files = self.world().files.clone();
-        for (i, content) in files.iter_mut().enumerate() {
-            let fate = match fate {
-                Fate::Torn(seed) => Fate::Torn(seed.wrapping_add(i as u64)),
-                other => other,
-            };
-            content.settle(fate);
+        let mut world = self.world().copy();
+        let nth = |i: usize| match fate {
+            Fate::Torn(seed) => Fate::Torn(seed.wrapping_add(i as u64)),
+            other => other,
+        };
+        for (i, content) in world.files.iter_mut().enumerate() {
+            content.settle(nth(i));
             content.now = content.stable.clone();
         }
-        Disk(Arc::new(Mutex::new(World {
-            files,
-            ..World::default()
-        })))
+        for (i, directory) in world.directories.values_mut().enumerate() {
+            directory.settle(nth(i));
+            directory.now = directory.stable.clone();
+        }
+        Disk(Arc::new(Mutex::new(world)))
+    }
+
+    /// Makes a file of zeros that has no name yet.
+    pub fn new_file(&self, len: u64) -> TrialFile {
+        let mut world = self.world();
+        world.files.push(Content {
+            len,
+            ..Content::default()
+        });
+        TrialFile {
+            disk: self.clone(),
+            index: world.files.len() - 1,
+        }
+    }
+
+    /// Gives a file a name that nothing has.
+    pub fn name(&self, file: &TrialFile, path: &Path) -> io::Result<()> {
+        let index = file.index;
+        self.change_names(path, |names| match names.get(path) {
+            Some(_) => Err(io::ErrorKind::AlreadyExists.into()),
+            None => {
+                names.insert(path.to_owned(), index);
+                Ok(())
+            }
+        })
+    }
+
+    /// The file of a name.
+    pub fn open(&self, path: &Path) -> io::Result<TrialFile> {
+        let world = self.world();
+        let names = world.directories.get(&directory_of(path));
+        match names.and_then(|directory| directory.now.get(path)) {
+            Some(index) => Ok(TrialFile {
+                disk: self.clone(),
+                index: *index,
+            }),
+            None => Err(io::ErrorKind::NotFound.into()),
+        }
+    }
+
+    /// The names in a directory.
+    pub fn list(&self, directory: &Path) -> Vec<PathBuf> {
+        let world = self.world();
+        let directory = world.directories.get(directory);
+        directory.map_or(Vec::new(), |d| d.now.keys().cloned().collect())
+    }
+
+    /// Renames a file within its directory; what had the new name is gone.
+    pub fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
+        self.change_names(from, |names| {
+            let index = names.remove(from).ok_or(io::ErrorKind::NotFound)?;
+            names.insert(to.to_owned(), index);
+            Ok(())
+        })
+    }
+
+    /// Exchanges two names of one directory.
+    pub fn exchange(&self, one: &Path, other: &Path) -> io::Result<()> {
+        self.change_names(one, |names| {
+            let first = *names.get(one).ok_or(io::ErrorKind::NotFound)?;
+            let second = names.get_mut(other).ok_or(io::ErrorKind::NotFound)?;
+            let second = std::mem::replace(second, first);
+            names.insert(one.to_owned(), second);
+            Ok(())
+        })
+    }
+
+    /// Removes a name.
+    pub fn unname(&self, path: &Path) -> io::Result<()> {
+        self.change_names(path, |names| match names.remove(path) {
+            Some(_) => Ok(()),
+            None => Err(io::ErrorKind::NotFound.into()),
+        })
+    }
+
+    /// Brings the names in the directory of `path` to stable storage.
+    pub fn sync_names(&self, path: &Path) -> io::Result<()> {
+        let mut world = self.world();
+        let turn = world.turn();
+        let directory = world.directories.entry(directory_of(path)).or_default();
+        match turn {
+            Turn::Done => {
+                directory.settle(Fate::Kept);
+                Ok(())
+            }
+            _ => Err(broken()),
+        }
+    }
+
+    fn change_names(
+        &self,
+        path: &Path,
+        change: impl FnOnce(&mut BTreeMap<PathBuf, usize>) -> io::Result<()>,
+    ) -> io::Result<()> {
+        let mut world = self.world();
+        match world.turn() {
+            Turn::Done => {
+                let directory = world.directories.entry(directory_of(path)).or_default();
+                change(&mut directory.now)?;
+                directory.unsynced.push(directory.now.clone());
+                Ok(())
+            }
+            _ => Err(broken()),
+        }
     }
 
     fn world(&self) -> MutexGuard<'_, World> {
@@ -203,6 +374,35 @@ fn broken() -> io::Error {
     io::Error::other("the disk failed, as it was told to")
 }
 
+impl Files for Disk {
+    type File = TrialFile;
+
+    fn create(&self, path: &Path) -> io::Result<TrialFile> {
+        let file = self.new_file(TEXT_MAX);
+        self.name(&file, path)?;
+        Ok(file)
+    }
+
+    fn read_text(&self, path: &Path) -> io::Result<String> {
+        // Files keep their length here: what is not written is zeros.
+        let mut bytes = self.open(path)?.bytes();
+        bytes.truncate(bytes.iter().rposition(|b| *b != 0).map_or(0, |at| at + 1));
+        String::from_utf8(bytes).map_err(io::Error::other)
+    }
+
+    fn replace(&self, from: &Path, to: &Path) -> io::Result<()> {
+        self.rename(from, to)
+    }
+
+    fn remove(&self, path: &Path) -> io::Result<()> {
+        self.unname(path)
+    }
+
+    fn sync_directory(&self, path: &Path) -> io::Result<()> {
+        self.sync_names(path)
+    }
+}
+
 impl TrialFile {
     /// All that a read shows now.
     pub fn bytes(&self) -> Vec<u8> {
@@ -210,15 +410,16 @@ impl TrialFile {
         let Some(content) = world.files.get(self.index) else {
             return Vec::new();
         };
-        let mut bytes = vec![0; content.len.next_multiple_of(SECTOR) as usize];
-        for (sector, content) in &content.now {
-            let at = (sector * SECTOR) as usize;
-            if let Some(place) = bytes.get_mut(at..at + content.len()) {
-                place.copy_from_slice(content);
-            }
-        }
-        bytes.truncate(content.len as usize);
-        bytes
+        content.bytes_of(&content.now)
+    }
+
+    /// All of it that is on stable storage for certain.
+    pub fn stable_bytes(&self) -> Vec<u8> {
+        let world = self.disk.world();
+        let Some(content) = world.files.get(self.index) else {
+            return Vec::new();
+        };
+        content.bytes_of(&content.stable)
     }
 
     fn with<R>(&self, f: impl FnOnce(&mut Content, Turn, u64) -> io::Result<R>) -> io::Result<R> {
@@ -346,6 +547,40 @@ mod tests {
             assert!(bytes[..512].iter().all(|b| *b == 1));
         }
         assert_eq!(seen, [true; 3]);
+    }
+
+    #[test]
+    fn names_survive_once_their_directory_is_synced() {
+        let [a, b, c] = ["d/a", "d/b", "e/c"].map(Path::new);
+        let disk = Disk::new(&[]);
+        disk.name(&disk.new_file(512), a).unwrap();
+        disk.sync_names(a).unwrap();
+        disk.rename(a, b).unwrap();
+        disk.name(&disk.new_file(512), c).unwrap();
+        disk.sync_names(c).unwrap();
+        disk.unname(b).unwrap();
+        assert!(disk.list(Path::new("d")).is_empty());
+        let after = |fate| disk.restart(fate).list(Path::new("d"));
+        assert_eq!(after(Fate::Lost), [a]);
+        assert!(after(Fate::Kept).is_empty());
+        let mut seen = [false; 3];
+        for seed in 0..64 {
+            let names = after(Fate::Torn(seed));
+            seen[match names.as_slice() {
+                [] => 0,
+                [name] if name == a => 1,
+                [name] if name == b => 2,
+                _ => unreachable!("{names:?}"),
+            }] = true;
+            assert!(disk.restart(Fate::Torn(seed)).open(c).is_ok());
+        }
+        assert_eq!(seen, [true; 3]);
+        let (x, y) = (disk.new_file(1), disk.new_file(2));
+        disk.name(&x, a).unwrap();
+        disk.name(&y, b).unwrap();
+        assert!(disk.name(&y, b).is_err());
+        disk.exchange(a, b).unwrap();
+        assert_eq!(disk.open(a).unwrap().bytes().len(), 2);
     }
 
     #[test]

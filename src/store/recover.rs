@@ -9,14 +9,14 @@
 mod error;
 
 use std::fs;
-use std::io::{self, Write};
+use std::io;
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use nix::sys::statfs::{TMPFS_MAGIC, statfs};
 use nix::sys::statvfs::statvfs;
 use shadow::paths::sync_directory;
-use shadow::{BlockFile, SECTOR};
+use shadow::{BlockFile, RealFiles, SECTOR, replace_text};
 use toml::{Table, Value};
 
 pub use error::{RecoverError, RecoverTrouble};
@@ -269,13 +269,7 @@ fn write_record(
     }
     fs::create_dir_all(&options.state_dir)?;
     let path = options.state_dir.join(format!("{}.arena.toml", name(id)));
-    let mut file = tempfile::NamedTempFile::new_in(&options.state_dir)?;
-    file.write_all(table.to_string().as_bytes())?;
-    if !shadow::fault!("arena-record-not-synced") {
-        file.as_file().sync_all()?;
-    }
-    file.persist(&path)?;
-    sync_directory(&path)?;
+    replace_text(&RealFiles, &path, &table.to_string())?;
     Ok(Record {
         path,
         id: *id,

@@ -1,9 +1,11 @@
 //! The file that keeps what frames made of an export.
 
 use std::fmt;
-use std::fs::{self, File};
-use std::io::{self, Write};
+use std::fs;
+use std::io;
 use std::path::{Path, PathBuf};
+
+use shadow::{RealFiles, replace_text};
 
 /// Where an export's state is kept: in the state directory, under a name made
 /// of its address and its image.
@@ -80,15 +82,7 @@ impl StateFile {
 
     fn write(&self, text: &str) -> io::Result<()> {
         fs::create_dir_all(&self.directory)?;
-        let mut file = tempfile::NamedTempFile::new_in(&self.directory)?;
-        file.write_all(text.as_bytes())?;
-        // The name may only point to what is on the disk: first the content,
-        // then the name, then the directory that holds the name.
-        if !shadow::fault!("state-not-synced") {
-            file.as_file().sync_all()?;
-        }
-        file.persist(&self.path)?;
-        File::open(&self.directory)?.sync_all()
+        replace_text(&RealFiles, &self.path, text)
     }
 
     fn error(&self, source: io::Error) -> StateError {

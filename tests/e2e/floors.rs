@@ -176,7 +176,15 @@ fn unsafe_stands_in_one_room() {
 /// The names of the deliberate faults in a source, in order.
 fn faults(source: &str) -> Vec<String> {
     let calls = source.split("fault!(").skip(1);
-    let name = |call: &str| Some(call.trim_start().strip_prefix('"')?.split_once('"')?.0.into());
+    let name = |call: &str| {
+        Some(
+            call.trim_start()
+                .strip_prefix('"')?
+                .split_once('"')?
+                .0
+                .into(),
+        )
+    };
     calls.filter_map(name).collect()
 }
 

@@ -2,10 +2,10 @@
 //! it does not serve an image that is out of date.
 
 use std::fs;
-use std::io::{self, Write};
+use std::io;
 use std::path::{Path, PathBuf};
 
-use shadow::{Identity, paths};
+use shadow::{Identity, RealFiles, paths, replace_text};
 use toml::{Table, Value};
 
 use super::ShadowError;
@@ -59,13 +59,7 @@ impl Record {
         }
         let directory = self.path.parent().unwrap_or(Path::new("."));
         fs::create_dir_all(directory)?;
-        let mut file = tempfile::NamedTempFile::new_in(directory)?;
-        file.write_all(table.to_string().as_bytes())?;
-        if !shadow::fault!("shadow-record-not-synced") {
-            file.as_file().sync_all()?;
-        }
-        file.persist(&self.path)?;
-        paths::sync_directory(&self.path)
+        replace_text(&RealFiles, &self.path, &table.to_string())
     }
 
     pub fn remove(&self) -> io::Result<()> {
