@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use super::admin::{Held, Switch};
+use super::saves::{Held, Switch};
 use super::{Action, Arrival, Dropped, NicId, NicInfo, READY_MAX, Target};
 use crate::access;
 use crate::drive::{self, Health, Limits, Order, Page, Refusal, Smart};

@@ -19,6 +19,7 @@ mod ata;
 mod counters;
 mod extensions;
 mod pace;
+mod saves;
 
 use std::collections::VecDeque;
 use std::os::fd::BorrowedFd;
@@ -37,9 +38,9 @@ use crate::wire::{
     pad, sectors_per_frame, sectors_per_summed_frame, set_source,
 };
 
-use admin::{Held, Saving};
 use ata::{Ask, Parked};
 use pace::Delayed;
+use saves::{Held, Saving};
 
 pub use counters::{Counters, Dropped};
 
