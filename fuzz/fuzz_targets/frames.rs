@@ -9,8 +9,8 @@
 
 use std::time::{Duration, Instant};
 
-use aoede::access::{self, Policy, WireState};
-use aoede::drive::{self, Limits};
+use aoede::access::{self, Policy, Switch, WireState};
+use aoede::drive::{self, Limits, Order, Smart};
 use aoede::net::NicId;
 use aoede::session::{Begun, Sessions, Tags};
 use aoede::wire::{Command, MacAddr, Request, crc, frame_max, mask::Edit};
@@ -22,6 +22,7 @@ const LIMITS: Limits = Limits {
     frame_sectors: 2,
     read_only: false,
     always_durable: false,
+    deny_features: false,
     trim: true,
     smart: true,
 };
@@ -48,7 +49,17 @@ impl Export {
                 let further = payload.further_reads(taskfile).count();
                 assert!(further <= (frame.len() - 36) / 16);
                 let order = drive::decode(&taskfile, payload, &LIMITS);
+                let switch = match &order {
+                    Ok(Order::WriteCache(on)) => Some(Switch::WriteCache(*on)),
+                    Ok(Order::Smart(Smart::Enable(on))) => Some(Switch::Smart(*on)),
+                    _ => None,
+                };
+                if let Some(switch) = switch {
+                    // Two hosts are always fewer than may switch something off.
+                    assert_eq!(access::switch(&mut self.state, switch, asker), Ok(()));
+                }
                 let Some(id) = session else { return };
+                self.sessions.uses(id);
                 let writes = drive::is_write(&taskfile);
                 let begun = self.sessions.begin(id, request.origin.tag, writes);
                 if let (Begun::Fresh(life), Ok(_)) = (begun, order) {

@@ -5,6 +5,7 @@
 //! changed in a copy; the copy becomes the state once it is on disk. [`Policy`]
 //! is what the operator said on the command line, and no frame changes it.
 
+mod set;
 mod text;
 
 use crate::wire::config::{Query, STRING};
@@ -13,6 +14,7 @@ use crate::wire::mask::{Directive, Directives, LIST_MAX, MaskError};
 use crate::wire::reserve::Order;
 use crate::wire::{ErrorCode, MacAddr};
 
+pub use set::{Full, MacSet};
 pub use text::BadState;
 
 /// What frames have made of an export, kept over restarts.
@@ -24,10 +26,14 @@ pub struct WireState {
     pub masks: Vec<MacAddr>,
     /// Who holds the reservation, at most 255; empty: nobody.
     pub reserved: Vec<MacAddr>,
-    /// Whether the write cache is on (SET FEATURES 0x02, 0x82).
+    /// `false` in a state that aoede 0.1.0 saved with its write cache off, which
+    /// then was off for every host. It stays so until the operator changes it.
     pub write_cache: bool,
-    /// Whether SMART is enabled.
-    pub smart: bool,
+    /// Hosts that have switched the write cache off for themselves (SET FEATURES
+    /// 0x82).
+    pub write_cache_off: MacSet,
+    /// Hosts that have disabled SMART for themselves.
+    pub smart_off: MacSet,
 }
 
 impl Default for WireState {
@@ -37,7 +43,8 @@ impl Default for WireState {
             masks: Vec::new(),
             reserved: Vec::new(),
             write_cache: true,
-            smart: true,
+            write_cache_off: MacSet::default(),
+            smart_off: MacSet::default(),
         }
     }
 }
@@ -53,6 +60,17 @@ pub struct Policy {
     pub deny_mask: bool,
     /// Whether frames may not reserve or release.
     pub deny_reserve: bool,
+    /// Whether frames may not switch the write cache or SMART.
+    pub deny_features: bool,
+}
+
+/// What an ATA command switches for the host that sends it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Switch {
+    /// The write cache on or off.
+    WriteCache(bool),
+    /// SMART on or off.
+    Smart(bool),
 }
 
 /// What to say to a request that may change the state.
@@ -78,6 +96,26 @@ pub fn may_use(state: &WireState, source: MacAddr) -> bool {
     state.reserved.is_empty()
         || state.reserved.contains(&source)
         || shadow::fault!("reservation-ignored")
+}
+
+/// `true` if this sender's writes are acknowledged only when they are on stable
+/// storage, as far as frames have settled it.
+pub fn is_write_cache_off(state: &WireState, source: MacAddr) -> bool {
+    !state.write_cache || state.write_cache_off.contains(source)
+}
+
+/// Carries out a switch for `asker` alone.
+pub fn switch(state: &mut WireState, switch: Switch, asker: MacAddr) -> Result<(), Full> {
+    let (off, on) = match switch {
+        Switch::WriteCache(on) => (&mut state.write_cache_off, on),
+        Switch::Smart(on) => (&mut state.smart_off, on),
+    };
+    if on {
+        off.remove(asker);
+        Ok(())
+    } else {
+        off.insert(asker)
+    }
 }
 
 /// Carries out a Query/Config request. `longest` is the length of the longest

@@ -55,7 +55,7 @@ pub struct Cli {
     #[arg(long, value_name = "SIZE[,prealloc]")]
     pub create: Option<String>,
 
-    /// Refuse these changes from the network: config, mask, reserve
+    /// Refuse these changes from the network: config, mask, reserve, features
     #[arg(long, value_name = "WHAT[,WHAT..]")]
     pub deny: Vec<String>,
 

@@ -300,9 +300,10 @@ fn policy(masks: &[String], deny: &[String]) -> Result<Policy, ConfigError> {
             "config" => policy.deny_config = true,
             "mask" => policy.deny_mask = true,
             "reserve" => policy.deny_reserve = true,
+            "features" => policy.deny_features = true,
             other => {
                 return Err(usage(format!(
-                    "--deny {other}: is none of config, mask, reserve"
+                    "--deny {other}: is none of config, mask, reserve, features"
                 )));
             }
         }

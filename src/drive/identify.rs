@@ -28,7 +28,7 @@ const CYLINDERS_MAX: u64 = 16383;
 
 impl Identity {
     /// The 512 bytes for a device of `sectors`, with write cache and SMART as
-    /// they are now.
+    /// they are for who asks.
     pub fn page(&self, sectors: u64, write_cache: bool, smart: bool) -> Page {
         let mut words = [0u16; 256];
         let low = |value: u64, word: usize| (value >> (16 * word)) as u16;

@@ -118,7 +118,7 @@ pub enum Order<'a> {
     Identify,
     /// The power mode.
     CheckPower,
-    /// The write cache on or off.
+    /// The write cache on or off, for who asks.
     WriteCache(bool),
     /// A SMART command.
     Smart(Smart),
@@ -144,9 +144,12 @@ pub struct Limits {
     pub read_only: bool,
     /// Whether the operator said that the write cache stays off (`-s`).
     pub always_durable: bool,
+    /// Whether the operator said that nobody switches anything
+    /// (`--deny features`).
+    pub deny_features: bool,
     /// Whether the backing can discard.
     pub trim: bool,
-    /// Whether SMART is enabled.
+    /// Whether SMART is enabled for who asks.
     pub smart: bool,
 }
 
@@ -252,6 +255,7 @@ pub fn decode<'a>(
         op::CHECK_POWER_MODE => return Ok(Order::CheckPower),
         op::SET_FEATURES => {
             return match taskfile.feature {
+                _ if limits.deny_features => Err(abort),
                 WRITE_CACHE_OFF => Ok(Order::WriteCache(false)),
                 WRITE_CACHE_ON if !limits.always_durable => Ok(Order::WriteCache(true)),
                 _ => Err(abort),
@@ -259,6 +263,7 @@ pub fn decode<'a>(
         }
         op::SMART => {
             return Smart::decode(taskfile, limits.smart)
+                .filter(|order| !matches!(order, Smart::Enable(_)) || !limits.deny_features)
                 .map(Order::Smart)
                 .ok_or(abort);
         }

@@ -19,7 +19,7 @@ pub const FAILING: [u8; 2] = [0xF4, 0x2C];
 pub enum Smart {
     /// The attributes.
     ReadData,
-    /// SMART on or off.
+    /// SMART on or off, for who asks.
     Enable(bool),
     /// Good or failing.
     ReturnStatus,

@@ -7,6 +7,7 @@ const LIMITS: Limits = Limits {
     frame_sectors: 2,
     read_only: false,
     always_durable: false,
+    deny_features: false,
     trim: true,
     smart: true,
 };
@@ -196,6 +197,27 @@ fn smart_needs_its_signature_and_to_be_enabled() {
         assert_eq!(smart(feature, 0xC2_4F00, &off).is_ok(), feature == 0xD8);
     }
     assert_eq!(smart(0xD5, 0xC2_4F00, &LIMITS), Err(ata(4, 1)));
+}
+
+#[test]
+fn what_the_operator_denies_is_aborted_and_the_rest_is_not() {
+    let deny = Limits {
+        deny_features: true,
+        ..LIMITS
+    };
+    let with = |opcode: u8, feature: u8| {
+        let mut frame = frame(0, opcode, 0xC2_4F00, 1, &[]);
+        frame[25] = feature;
+        go(&frame, &deny)
+    };
+    for feature in 0..=255 {
+        assert_eq!(with(0xEF, feature), Err(ata(4, 1)), "{feature:#x}");
+    }
+    for feature in [0xD8, 0xD9] {
+        assert_eq!(with(0xB0, feature), Err(ata(4, 1)), "{feature:#x}");
+    }
+    assert_eq!(with(0xB0, 0xD0), Ok(Order::Smart(Smart::ReadData)));
+    assert_eq!(with(0xB0, 0xDA), Ok(Order::Smart(Smart::ReturnStatus)));
 }
 
 #[test]

@@ -10,7 +10,7 @@ use nix::sys::eventfd::EventFd;
 
 use super::wait::Wait;
 use super::{Export, ServeError, real_time};
-use crate::access::WireState;
+use crate::access::{MacSet, WireState};
 use crate::config::{DiskEngine, Options, Tuneup};
 use crate::drive::Identity;
 use crate::net::{Nic, NicError, NicId, NicTrouble, PortOptions, probe};
@@ -95,6 +95,7 @@ pub(super) fn open(options: &Options) -> Result<Export, ServeError> {
     // Only now that the image is locked: whoever served it before us writes
     // its state no more.
     let (file, state) = load_state(options)?;
+    tell_write_cache(address, &file, &state);
 
     let shadow_options = ShadowOptions {
         path: options.shadow.as_ref().map(|shadow| shadow.path.clone()),
@@ -240,6 +241,26 @@ fn load_state(options: &Options) -> Result<(StateFile, WireState), ServeError> {
         None => WireState::default(),
     };
     Ok((file, state))
+}
+
+/// Says for whom the write cache is off since hosts have switched it off.
+fn tell_write_cache(address: Address, file: &StateFile, state: &WireState) {
+    let path = file.path().display();
+    if !state.write_cache {
+        log::warn!(
+            "{address}: state file {path}: aoede 0.1.0 saved the write cache as off, so each write \
+             of every host waits for stable storage; to end that, stop the export and change \
+             write_cache to true in the file"
+        );
+    }
+    let hosts = state.write_cache_off.as_slice().len();
+    if hosts > 0 {
+        log::info!(
+            "{address}: the write cache is off for {hosts} of at most {} hosts, which have asked \
+             for it; they are write_cache_off in {path}",
+            MacSet::MAX
+        );
+    }
 }
 
 /// Takes the address on this interface among the processes of this machine,

@@ -2,9 +2,9 @@
 
 use std::time::Instant;
 
-use super::saves::{Held, Switch};
+use super::saves::Held;
 use super::{Action, Arrival, Dropped, NicId, NicInfo, READY_MAX, Target};
-use crate::access;
+use crate::access::{self, Switch};
 use crate::drive::{self, Health, Limits, Order, Page, Refusal, Smart};
 use crate::session::{Begun, Extensions, Life, SessionId, Tags};
 use crate::store::{Read, Refused, Token, Volume, Write};
@@ -247,9 +247,10 @@ impl Target {
             sectors: self.volume.sectors(),
             frame_sectors: Self::frame_sectors(&info, ask.extensions.crc8x4),
             read_only: self.settings.read_only,
-            always_durable: self.settings.durable,
+            always_durable: self.settings.durable || !self.state.write_cache,
+            deny_features: self.settings.policy.deny_features,
             trim: self.settings.identity.trim,
-            smart: self.state.smart,
+            smart: !self.state.smart_off.contains(origin.source),
         };
         let order = match drive::decode(&taskfile, payload, &limits) {
             Ok(order) => order,
@@ -263,7 +264,7 @@ impl Target {
             what,
             life,
         };
-        let durable = self.is_durable();
+        let durable = self.is_durable(origin.source);
         // A write of no sectors marks no tag: a later write with that tag is
         // another one, and must be carried out.
         let marks = match &order {
@@ -314,13 +315,18 @@ impl Target {
             Order::Flush => self.park(parked(Pending::Flush), |volume, token| {
                 volume.flush(now, token).map(|()| Work::Under)
             }),
+            Order::WriteCache(false) if !self.state.write_cache_off.has_room_for(origin.source) => {
+                return Served::Answer(ask.answer(drive::aborted(&taskfile)));
+            }
             Order::WriteCache(false) => {
                 let begun = self.park(parked(Pending::CacheOff), |volume, token| {
                     volume.flush(now, token).map(|()| Work::Under)
                 });
                 // From now on, so that nothing acknowledged meanwhile is left
                 // out of what was promised.
-                self.closing += u32::from(begun.is_ok());
+                if begun.is_ok() {
+                    self.closing.push(origin.source);
+                }
                 begun
             }
             Order::WriteCache(true) => {
@@ -340,11 +346,9 @@ impl Target {
             }
             Order::Smart(Smart::ReadData) => return ask.page(&self.health(now).page()),
             Order::Identify => {
-                let smart = self.state.smart;
-                let page = self
-                    .settings
-                    .identity
-                    .page(self.volume.sectors(), !durable, smart);
+                let sectors = self.volume.sectors();
+                let page = &self.settings.identity;
+                let page = page.page(sectors, !durable, limits.smart);
                 return ask.page(&page);
             }
         };
@@ -370,9 +374,19 @@ impl Target {
         }
     }
 
-    /// Whether a write is acknowledged only when it is on stable storage.
-    pub(super) fn is_durable(&self) -> bool {
-        self.settings.durable || !self.state.write_cache || self.closing > 0
+    /// Whether a write of this initiator is acknowledged only when it is on
+    /// stable storage.
+    pub(super) fn is_durable(&self, source: MacAddr) -> bool {
+        self.settings.durable
+            || access::is_write_cache_off(&self.state, source)
+            || self.closing.contains(&source)
+    }
+
+    /// An order to switch the write cache off has ended, well or not.
+    pub(super) fn closed(&mut self, source: MacAddr) {
+        if let Some(at) = self.closing.iter().position(|mac| *mac == source) {
+            self.closing.swap_remove(at);
+        }
     }
 
     fn health(&self, now: Instant) -> Health {
@@ -420,10 +434,10 @@ impl Target {
             what,
             life,
         } = parked;
-        // A write that came while the write cache was on, and ends now that it
-        // goes off: the sync before that may not have seen it, and nothing is
+        // A write that came while its host's write cache was on, and ends now that
+        // it goes off: the sync before that may not have seen it, and nothing is
         // acknowledged any more that is not on stable storage.
-        if ok && what == (Pending::Write { durable: false }) && self.is_durable() {
+        if ok && what == (Pending::Write { durable: false }) && self.is_durable(origin.source) {
             let what = Pending::Write { durable: true };
             let begun = self.park(Parked { what, ..parked }, |volume, token| {
                 volume.flush(now, token).map(|()| Work::Under)
@@ -444,7 +458,7 @@ impl Target {
                 self.change_later(now, held);
                 return;
             }
-            self.closing -= 1;
+            self.closed(origin.source);
         }
         if !heard {
             self.recycle(data);

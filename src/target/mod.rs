@@ -141,9 +141,9 @@ pub struct Target {
     state_file: Arc<StateFile>,
     saving: Option<Saving>,
     held: VecDeque<Held>,
-    /// Orders to switch the write cache off that are not saved yet; writes are
-    /// durable from the moment of the first.
-    closing: u32,
+    /// Who has ordered the write cache off, for each order that is not saved yet:
+    /// writes of that host are durable from the moment of its first.
+    closing: Vec<MacAddr>,
     volume: Volume,
     sessions: Sessions,
     parked: Slab<Parked>,
@@ -171,7 +171,7 @@ impl Target {
             state_file,
             saving: None,
             held: VecDeque::new(),
-            closing: 0,
+            closing: Vec::new(),
             volume,
             sessions: Sessions::default(),
             parked: Slab::new(PARKED_MAX),

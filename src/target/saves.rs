@@ -10,7 +10,7 @@ use std::time::Instant;
 
 use super::ata::pad_registers;
 use super::{Action, Arrival, Dropped, NicId, Ready, SAVE, Target, What};
-use crate::access::WireState;
+use crate::access::{self, Full, Switch, WireState};
 use crate::drive;
 use crate::wire::ata::Taskfile;
 use crate::wire::extensions::Wish;
@@ -34,13 +34,6 @@ pub(super) enum Change {
     Switch(Origin, Taskfile, Switch),
 }
 
-/// What ATA commands switch for good.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Switch {
-    WriteCache(bool),
-    Smart(bool),
-}
-
 /// A save under way, and whom it makes wait.
 #[derive(Debug)]
 pub(super) struct Saving {
@@ -56,7 +49,8 @@ struct Waiting {
     /// The reply if it is saved, empty for silence, and if it is not.
     saved: Vec<u8>,
     failed: Vec<u8>,
-    closes_cache: bool,
+    /// Whose write cache it switches off.
+    closes: Option<MacAddr>,
     /// What it does for its asker once it is saved.
     wishes: Wishes,
 }
@@ -92,8 +86,12 @@ impl Held {
         }
     }
 
-    fn closes_cache(&self) -> bool {
-        matches!(self.change, Change::Switch(_, _, Switch::WriteCache(false)))
+    /// Whose write cache it switches off.
+    fn closes(&self) -> Option<MacAddr> {
+        match self.change {
+            Change::Switch(origin, _, Switch::WriteCache(false)) => Some(origin.source),
+            _ => None,
+        }
     }
 
     fn asker(&self) -> Option<MacAddr> {
@@ -147,10 +145,10 @@ impl Target {
         let (mut waiting, mut changes) = (Vec::new(), Vec::new());
         let mut head = vec![0; HEAD_MAX];
         while let Some(held) = self.held.pop_front() {
-            let closes_cache = held.closes_cache();
+            let closes = held.closes();
             let Some(&Some(info)) = self.nics.get(usize::from(held.nic.0)) else {
                 // Nobody would hear the answer; who asked will ask again.
-                self.closing -= u32::from(closes_cache);
+                closes.inspect(|mac| self.closed(*mac));
                 continue;
             };
             let arrival = Arrival {
@@ -172,12 +170,12 @@ impl Target {
                     Err(_) => 0,
                 },
                 Change::Switch(origin, taskfile, switch) => {
-                    match switch {
-                        Switch::WriteCache(on) => next.write_cache = *on,
-                        Switch::Smart(on) => next.smart = *on,
-                    }
+                    let outcome = match access::switch(&mut next, *switch, origin.source) {
+                        Ok(()) => drive::SUCCESS,
+                        Err(Full) => drive::aborted(taskfile),
+                    };
                     self.header(&mut head, &info, origin, None);
-                    taskfile.reply(&mut head, drive::SUCCESS);
+                    taskfile.reply(&mut head, outcome);
                     pad_registers(&mut head, taskfile)
                 }
             };
@@ -189,7 +187,7 @@ impl Target {
                 nic: held.nic,
                 saved,
                 failed,
-                closes_cache,
+                closes,
                 wishes,
             });
         }
@@ -228,7 +226,7 @@ impl Target {
 
     fn release(&mut self, now: Instant, waiting: Vec<Waiting>, ok: bool) {
         for one in waiting {
-            self.closing -= u32::from(one.closes_cache);
+            one.closes.inspect(|mac| self.closed(*mac));
             // A place that was free when the answer was made may be taken now:
             // then there is none, and the asker asks again.
             let granted = !ok || self.grant(now, one.nic, one.wishes);
@@ -260,13 +258,21 @@ fn describe_change(before: &WireState, next: &WireState, asker: MacAddr) -> Vec<
             next.reserved
         ));
     }
-    if before.write_cache != next.write_cache {
-        let now = if next.write_cache { "on" } else { "off" };
-        changes.push(format!("write cache switched {now} by {asker}"));
+    if before.write_cache_off != next.write_cache_off {
+        let now = if next.write_cache_off.contains(asker) {
+            "off"
+        } else {
+            "on"
+        };
+        changes.push(format!("write cache switched {now} for {asker} by itself"));
     }
-    if before.smart != next.smart {
-        let now = if next.smart { "enabled" } else { "disabled" };
-        changes.push(format!("SMART {now} by {asker}"));
+    if before.smart_off != next.smart_off {
+        let now = if next.smart_off.contains(asker) {
+            "disabled"
+        } else {
+            "enabled"
+        };
+        changes.push(format!("SMART {now} for {asker} by itself"));
     }
     changes
 }

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use aoede::wire::MacAddr;
 use initiator::client::Client;
-use initiator::frame::{Directive, Frame, Reply};
+use initiator::frame::{Ata, Directive, Frame, Reply, opcode};
 use initiator::lab::{self, Deadline, Need, Veth};
 
 use crate::rig::{QUICK, Rig, SOON, each_engine};
@@ -166,33 +166,101 @@ fn wire_state_is_back_after_kill_9_and_after_a_restart() {
     });
 }
 
+/// SET FEATURES: the write cache on or off.
+fn cache(on: bool) -> Frame {
+    let registers = Ata {
+        feature: if on { 0x02 } else { 0x82 },
+        opcode: opcode::SET_FEATURES,
+        ..Ata::default()
+    };
+    Frame::ata(registers, &[])
+}
+
+/// SMART enabled or disabled.
+fn smart(on: bool) -> Frame {
+    let registers = Ata {
+        feature: if on { 0xD8 } else { 0xD9 },
+        opcode: opcode::SMART,
+        lba: 0xC2_4F00,
+        ..Ata::default()
+    };
+    Frame::ata(registers, &[])
+}
+
+/// What IDENTIFY says to this initiator: write cache on, SMART enabled.
+fn switches(client: &mut Client) -> (bool, bool) {
+    let word = client.identify().unwrap().word(85);
+    (word & 1 << 5 != 0, word & 1 != 0)
+}
+
+/// Status and error of an ATA reply.
+fn status(reply: &Reply) -> Option<(u8, u8)> {
+    reply.ata().map(|ata| (ata.status, ata.error))
+}
+
+const DONE: Option<(u8, u8)> = Some((0x40, 0));
+const ABORTED: Option<(u8, u8)> = Some((0x41, 4));
+
 #[test]
 fn a_write_cache_that_was_switched_off_stays_off() {
     each_engine("SET FEATURES over restarts", &[], |rig| {
-        use initiator::frame::{Ata, opcode};
-        let cache = |on: bool| {
-            let registers = Ata {
-                feature: if on { 0x02 } else { 0x82 },
-                opcode: opcode::SET_FEATURES,
-                ..Ata::default()
-            };
-            Frame::ata(registers, &[])
-        };
-        let is_on = |rig: &mut Rig| rig.client.identify().unwrap().word(85) & 1 << 5 != 0;
-        assert!(is_on(rig));
-        assert!(rig.ask(&cache(false)).ata().unwrap().is_success());
-        assert!(!is_on(rig));
+        assert_eq!(switches(&mut rig.client), (true, true));
+        assert_eq!(status(&rig.ask(&cache(false))), DONE);
+        assert_eq!(status(&rig.ask(&smart(false))), DONE);
+        assert_eq!(switches(&mut rig.client), (false, false));
         rig.restart(&[]);
         rig.client.connect(1, 1).unwrap();
-        assert!(!is_on(rig));
+        assert_eq!(switches(&mut rig.client), (false, false));
         rig.client.write(0, &[1; 512]).unwrap();
-        assert!(rig.ask(&cache(true)).ata().unwrap().is_success());
+        // Another host has never had it off, before or after the restart.
+        let bob = rig.wire.peer.enter(|| Client::open_as("ini0", BOB));
+        let mut bob = bob.unwrap().unwrap();
+        bob.connect(1, 1).unwrap();
+        assert_eq!(switches(&mut bob), (true, true));
+        assert_eq!(status(&bob.call(&cache(true)).unwrap()), DONE);
+        assert_eq!(status(&bob.call(&smart(true)).unwrap()), DONE);
+        assert_eq!(switches(&mut rig.client), (false, false));
+        assert_eq!(status(&rig.ask(&cache(true))), DONE);
+        assert_eq!(status(&rig.ask(&smart(true))), DONE);
         rig.restart(&["-s"]);
         rig.client.connect(1, 1).unwrap();
-        assert!(!is_on(rig));
-        let reply = rig.ask(&cache(true));
-        assert_eq!(reply.ata().map(|a| (a.status, a.error)), Some((0x41, 4)));
+        assert_eq!(switches(&mut rig.client), (false, true));
+        assert_eq!(status(&rig.ask(&cache(true))), ABORTED);
         rig.client.write(0, &[2; 512]).unwrap();
+    });
+}
+
+#[test]
+fn a_state_of_0_1_0_keeps_the_write_cache_off_until_the_operator_switches_it_on() {
+    each_engine("a state of 0.1.0", &[], |rig| {
+        rig.client.config_force(b"old").unwrap();
+        let status_of_stop = rig.target.stop(Deadline::after(SOON)).unwrap();
+        assert!(status_of_stop.success());
+        let [state] = &rig.store.saved_states()[..] else {
+            panic!("{:?}", rig.store.saved_states());
+        };
+        let text = "config = \"6f6c64\"\nmasks = []\nreserved = []\nsmart = false\n\
+                    version = 1\nwrite_cache = false\n";
+        fs::write(state, text).unwrap();
+        rig.restart(&[]);
+        rig.client.connect(1, 1).unwrap();
+        let said = rig.target.output();
+        let told = |line: &&String| line.contains("write_cache to true");
+        assert!(said.iter().any(|line| told(&line)), "{said:?}");
+        assert_eq!(rig.client.config_read().unwrap().string, b"old");
+        assert_eq!(switches(&mut rig.client), (false, true));
+        assert_eq!(status(&rig.ask(&cache(true))), ABORTED);
+        rig.client.write(0, &[1; 512]).unwrap();
+        // Whatever is saved meanwhile.
+        rig.client.config_force(b"new").unwrap();
+        rig.target.stop(Deadline::after(SOON)).unwrap();
+        let text = fs::read_to_string(state).unwrap();
+        let text = text.replace("write_cache = false", "write_cache = true");
+        fs::write(state, text).unwrap();
+        rig.restart(&[]);
+        rig.client.connect(1, 1).unwrap();
+        assert_eq!(switches(&mut rig.client), (true, true));
+        assert_eq!(rig.client.config_read().unwrap().string, b"new");
     });
 }
 
@@ -237,7 +305,7 @@ fn no_frame_widens_the_operators_masks() {
 fn what_is_denied_on_the_command_line_is_refused_on_the_wire() {
     each_engine(
         "--deny",
-        &["--deny", "config,mask", "--deny", "reserve"],
+        &["--deny", "config,mask", "--deny", "reserve,features"],
         |rig| {
             let own = rig.client.mac();
             for frame in [
@@ -250,6 +318,10 @@ fn what_is_denied_on_the_command_line_is_refused_on_the_wire() {
             ] {
                 assert_eq!(rig.ask(&frame).error(), Some(2), "{frame:?}");
             }
+            for frame in [cache(false), cache(true), smart(false), smart(true)] {
+                assert_eq!(status(&rig.ask(&frame)), ABORTED, "{frame:?}");
+            }
+            assert_eq!(switches(&mut rig.client), (true, true));
             assert_eq!(rig.client.config_read().unwrap().string, b"");
             assert_eq!(rig.client.mask_read().unwrap().list, []);
             assert_eq!(rig.client.reserve(0, &[]).unwrap().list, []);

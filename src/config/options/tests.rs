@@ -122,7 +122,8 @@ fn other_arguments_are_checked() {
         assert_eq!(code, 2, "{line}");
         assert!(text.contains(says), "{line}: {text}");
     }
-    let options = parse("1 1 lo img --create 10G,prealloc --deny config,mask -s -q").unwrap();
+    let options =
+        parse("1 1 lo img --create 10G,prealloc --deny config,mask --deny features -s -q").unwrap();
     assert_eq!(
         options.image.create,
         Some(Create {
@@ -131,7 +132,7 @@ fn other_arguments_are_checked() {
         })
     );
     assert!(options.policy.deny_config && options.policy.deny_mask);
-    assert!(!options.policy.deny_reserve && options.durable);
+    assert!(options.policy.deny_features && !options.policy.deny_reserve && options.durable);
     assert_eq!(options.level, LevelFilter::Warn);
 }
 

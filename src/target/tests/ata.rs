@@ -393,7 +393,7 @@ fn trim_makes_zeros_of_all_its_ranges_or_of_none() {
 }
 
 #[test]
-fn smart_tells_its_health_and_is_switched_for_good() {
+fn smart_tells_its_health_and_is_switched_for_who_asks() {
     let mut bench = Bench::new();
     let smart = |feature| {
         let registers = Ata {
@@ -417,13 +417,24 @@ fn smart_tells_its_health_and_is_switched_for_good() {
     // No data, but room for it, and zeros in it: `check` looks.
     assert_eq!(status.bytes().len(), 36 + 512);
     assert_eq!(registers(&bench.ask(&smart(0xD9))), OK);
-    assert_eq!(bench.saved().map(|s| s.smart), Some(false));
+    let off = |bench: &Bench| bench.saved().unwrap().smart_off.as_slice().to_vec();
+    assert_eq!(off(&bench), [host(ALICE)]);
     assert_eq!(word85(&mut bench) & 1, 0);
+    // It is the business of who asked, on every NIC, and of nobody else.
+    let reply = bench.ask_from(JUMBO, ALICE, &smart(0xDA));
+    assert_eq!(registers(&reply), (0x41, 4, 1));
+    for feature in [0xD0, 0xDA, 0xD8] {
+        let reply = bench.ask_from(SMALL, BOB, &smart(feature));
+        assert_eq!(registers(&reply), OK, "{feature:#x}");
+    }
+    let reply = bench.ask_from(SMALL, BOB, &Ask::identify());
+    let page = Identify::parse(reply.sectors(1).unwrap()).unwrap();
+    assert_eq!(page.word(85) & 1, 1);
     for feature in [0xD0, 0xDA, 0xD9] {
         assert_eq!(registers(&bench.ask(&smart(feature))), (0x41, 4, 1));
     }
     assert_eq!(registers(&bench.ask(&smart(0xD8))), OK);
-    assert_eq!(bench.saved().map(|s| s.smart), Some(true));
+    assert_eq!(off(&bench), []);
     // The rest of SMART, and SMART without its signature.
     for feature in (0..=255).filter(|f| !(0xD8..=0xDA).contains(f) && *f != 0xD0) {
         assert_eq!(registers(&bench.ask(&smart(feature))), (0x41, 4, 1));
@@ -435,6 +446,13 @@ fn smart_tells_its_health_and_is_switched_for_good() {
         };
         let reply = bench.ask(&Ask::ata(registers, &[]));
         assert_eq!(registers_of_reply(&reply), (0x41, 4, 1));
+    }
+    bench.target.settings.policy.deny_features = true;
+    for feature in [0xD8, 0xD9] {
+        assert_eq!(registers(&bench.ask(&smart(feature))), (0x41, 4, 1));
+    }
+    for feature in [0xD0, 0xDA] {
+        assert_eq!(registers(&bench.ask(&smart(feature))), OK);
     }
     bench.medium.write_fails.store(true, Ordering::Relaxed);
     bench.ask(&Ask::write(0, &sectors(1, 1)));

@@ -33,6 +33,10 @@ fn is_write(job: &Job) -> bool {
     matches!(job, Job::Write(_))
 }
 
+fn is_save(job: &Job) -> bool {
+    matches!(job, Job::Save { .. })
+}
+
 fn is_sync(job: &Job) -> bool {
     matches!(job, Job::Sync)
 }
@@ -359,20 +363,187 @@ fn the_write_cache_goes_off_and_on_and_stays_so() {
         "not made durable first"
     );
     assert!(!cache_is_on(&mut bench));
-    assert_eq!(bench.saved().map(|s| s.write_cache), Some(false));
+    assert_eq!(bench.switched_off(), [host(ALICE)]);
     bench.write(2, &sectors(2, 2));
     same(&bench.stable()[1024..2048], &sectors(2, 2));
     // Again, which changes nothing and is answered all the same.
     assert_eq!(registers(&bench.ask(&set_features(OFF))), (0x40, 0, 0));
     assert_eq!(registers(&bench.ask(&set_features(ON))), (0x40, 0, 0));
     assert!(cache_is_on(&mut bench));
-    assert_eq!(bench.saved().map(|s| s.write_cache), Some(true));
+    assert_eq!(bench.switched_off(), []);
     bench.write(4, &sectors(3, 2));
     same(&bench.stable()[2048..3072], &sectors(0, 2));
     for feature in (0..=255).filter(|f| ![ON, OFF].contains(f)) {
         assert_eq!(registers(&bench.ask(&set_features(feature))), (0x41, 4, 0));
     }
-    assert_eq!(bench.target.closing, 0);
+    assert_eq!(bench.target.closing, []);
+}
+
+impl Bench {
+    /// Whose write cache is off, as the state's file says.
+    fn switched_off(&self) -> Vec<MacAddr> {
+        let saved = self.saved().unwrap_or_default();
+        saved.write_cache_off.as_slice().to_vec()
+    }
+
+    /// Sends a request from this address and waits for its reply.
+    fn ask_as(&mut self, source: MacAddr, ask: &Ask) -> (u8, u8, u8) {
+        let bytes = self.encode(SMALL, ALICE, ask);
+        let bytes = [&bytes[..6], &source.0, &bytes[12..]].concat();
+        match self.hand(SMALL, &bytes) {
+            Got::Reply(reply) => registers(&reply),
+            Got::Parked => registers(&self.wait()[0].1),
+            other => panic!("{other:?} instead of a reply"),
+        }
+    }
+
+    /// Whether a write of this host is on stable storage when it is acknowledged.
+    fn is_durable_for(&mut self, nic: NicId, from: u8, fill: u8) -> bool {
+        self.settle();
+        let reply = self.ask_from(nic, from, &Ask::write(8, &sectors(fill, 1)));
+        assert_eq!(registers(&reply), (0x40, 0, 0));
+        let stable = self.stable()[8 * 512..9 * 512] == sectors(fill, 1);
+        let page = self.ask_from(nic, from, &Ask::identify());
+        let page = Identify::parse(page.sectors(1).unwrap()).unwrap();
+        assert_eq!(
+            page.word(85) & 1 << 5 == 0,
+            stable,
+            "IDENTIFY says the other"
+        );
+        stable
+    }
+}
+
+#[test]
+fn a_host_switches_the_write_cache_off_for_itself_alone() {
+    // One frame of anyone made everyone's writes 30 times slower.
+    let mut bench = Bench::new();
+    assert_eq!(registers(&bench.ask(&set_features(OFF))), (0x40, 0, 0));
+    assert!(bench.is_durable_for(SMALL, ALICE, 1));
+    assert!(bench.is_durable_for(JUMBO, ALICE, 2));
+    assert!(!bench.is_durable_for(SMALL, BOB, 3));
+    assert!(!bench.is_durable_for(JUMBO, CAROL, 4));
+    // Nobody else switches it on again.
+    for feature in [ON, OFF, ON] {
+        let reply = bench.ask_from(SMALL, BOB, &set_features(feature));
+        assert_eq!(registers(&reply), (0x40, 0, 0));
+        assert!(bench.is_durable_for(SMALL, ALICE, feature));
+    }
+    assert!(!bench.is_durable_for(SMALL, BOB, 5));
+    assert_eq!(bench.switched_off(), [host(ALICE)]);
+    // The same for a TRIM, which is a write.
+    bench.shut();
+    let got = bench.send(SMALL, ALICE, &trim(8, 1));
+    assert!(matches!(got, Got::Parked));
+    bench.open();
+    bench.wait();
+    assert_eq!(bench.stable()[8 * 512..9 * 512], sectors(0, 1));
+}
+
+#[test]
+fn an_order_to_switch_off_makes_nobody_else_wait() {
+    let mut bench = Bench::new();
+    bench.shut();
+    let got = bench.send(SMALL, ALICE, &set_features(OFF));
+    assert!(matches!(got, Got::Parked));
+    // While it waits for its sync, and while it waits to be saved.
+    for fill in 1..3 {
+        let got = bench.send(SMALL, BOB, &Ask::write(0, &sectors(fill, 1)));
+        assert!(matches!(got, Got::Reply(_)), "{got:?}");
+        let got = bench.send(SMALL, ALICE, &Ask::write(8, &sectors(fill, 1)));
+        assert!(matches!(got, Got::Parked), "{got:?}");
+        loop {
+            bench.target.advance(bench.now);
+            if !bench.desk.borrow_mut().pass(|job| !is_save(job)) {
+                break;
+            }
+        }
+    }
+    bench.pass(is_save);
+    bench.open();
+    while !bench.asked.is_empty() {
+        bench.wait();
+    }
+    assert_eq!(bench.target.closing, []);
+}
+
+#[test]
+fn the_write_cache_is_off_for_64_hosts_and_no_more() {
+    let mut bench = Bench::new();
+    let mac = |n: u8| MacAddr([2, 9, 0, 0, 0, n]);
+    for n in 0..63 {
+        assert_eq!(bench.ask_as(mac(n), &set_features(OFF)), (0x40, 0, 0));
+    }
+    // Two come for the last place at the same time.
+    bench.shut();
+    for from in [ALICE, BOB] {
+        let got = bench.send(SMALL, from, &set_features(OFF));
+        assert!(matches!(got, Got::Parked));
+    }
+    bench.open();
+    let mut replies = Vec::new();
+    while !bench.asked.is_empty() {
+        replies.extend(bench.wait());
+    }
+    let said: Vec<_> = replies.iter().map(|(_, reply)| registers(reply)).collect();
+    assert_eq!(said, [(0x40, 0, 0), (0x41, 4, 0)]);
+    assert_eq!(bench.target.closing, []);
+    assert_eq!(bench.switched_off().len(), 64);
+    assert!(bench.is_durable_for(SMALL, ALICE, 1));
+    assert!(!bench.is_durable_for(SMALL, BOB, 2));
+    // Refused, and no sync for it.
+    let syncs = bench.medium.syncs.load(Ordering::Relaxed);
+    let reply = bench.ask_from(SMALL, BOB, &set_features(OFF));
+    assert_eq!(registers(&reply), (0x41, 4, 0));
+    assert_eq!(bench.medium.syncs.load(Ordering::Relaxed), syncs);
+    // Who has a place keeps it, until it gives it back.
+    assert_eq!(registers(&bench.ask(&set_features(OFF))), (0x40, 0, 0));
+    assert_eq!(bench.ask_as(mac(7), &set_features(ON)), (0x40, 0, 0));
+    let reply = bench.ask_from(SMALL, BOB, &set_features(OFF));
+    assert_eq!(registers(&reply), (0x40, 0, 0));
+    assert!(bench.is_durable_for(SMALL, BOB, 3));
+}
+
+#[test]
+fn features_that_the_operator_denies_stay_as_they_are() {
+    let mut bench = Bench::new();
+    assert_eq!(registers(&bench.ask(&set_features(OFF))), (0x40, 0, 0));
+    let state = bench.saved().unwrap();
+    let mut settings = settings();
+    settings.policy.deny_features = true;
+    let mut bench = Bench::with(settings);
+    bench.target.state = state.clone();
+    for from in [ALICE, BOB] {
+        for feature in 0..=255 {
+            let reply = bench.ask_from(SMALL, from, &set_features(feature));
+            assert_eq!(registers(&reply), (0x41, 4, 0), "{feature:#x}");
+        }
+    }
+    assert_eq!((&bench.target.state, bench.saved()), (&state, None));
+    // What was promised before holds.
+    assert!(bench.is_durable_for(SMALL, ALICE, 1));
+    assert!(!bench.is_durable_for(SMALL, BOB, 2));
+}
+
+#[test]
+fn a_cache_that_0_1_0_saved_as_off_is_off_for_everyone() {
+    let mut bench = Bench::new();
+    bench.target.state.write_cache = false;
+    for (from, fill) in [(ALICE, 1), (BOB, 2)] {
+        let reply = bench.ask_from(SMALL, from, &set_features(ON));
+        assert_eq!(registers(&reply), (0x41, 4, 0));
+        assert!(bench.is_durable_for(SMALL, from, fill));
+    }
+    // Who wants it off still has it when the operator switches it on.
+    assert_eq!(registers(&bench.ask(&set_features(OFF))), (0x40, 0, 0));
+    let saved = bench.saved().unwrap();
+    assert!(!saved.write_cache);
+    bench.target.state = WireState {
+        write_cache: true,
+        ..saved
+    };
+    assert!(bench.is_durable_for(SMALL, ALICE, 3));
+    assert!(!bench.is_durable_for(SMALL, BOB, 4));
 }
 
 #[test]
@@ -390,20 +561,21 @@ fn writes_under_way_when_the_cache_goes_off_are_not_acknowledged_unsynced() {
     for mut bench in [small(1, 4096), Bench::writing_through()] {
         bench.shut();
         let first = Ask::write(32, &sectors(9, 2));
-        let at_once = matches!(bench.send(SMALL, CAROL, &first), Got::Reply(_));
+        let at_once = matches!(bench.send(SMALL, ALICE, &first), Got::Reply(_));
         let got = bench.send(SMALL, ALICE, &Ask::write(0, &sectors(1, 2)));
         assert!(matches!(got, Got::Parked));
-        bench.send(SMALL, BOB, &set_features(OFF));
+        // Through another NIC it is the same host.
+        bench.send(JUMBO, ALICE, &set_features(OFF));
         // And one comes when the order is known and not carried out.
         let got = bench.send(SMALL, ALICE, &Ask::write(16, &sectors(2, 2)));
         assert!(matches!(got, Got::Parked));
         let (mut off, mut written) = (false, 0);
         loop {
-            for (_, reply) in bench.pump() {
+            for (nic, reply) in bench.pump() {
                 let lba = reply.ata().unwrap().lba as usize;
                 let holds =
                     |lba: usize, fill| bench.stable()[lba * 512..][..1024] == sectors(fill, 2);
-                if reply.destination() == host(BOB) {
+                if nic == JUMBO {
                     assert!(!at_once || holds(32, 9), "off, and not durable");
                     off = true;
                 } else {
@@ -419,7 +591,7 @@ fn writes_under_way_when_the_cache_goes_off_are_not_acknowledged_unsynced() {
         assert!(off && bench.asked.is_empty(), "{:?}", bench.asked);
         assert_eq!(written, if at_once { 2 } else { 3 });
         assert!(bench.target.is_idle());
-        assert_eq!(bench.target.closing, 0);
+        assert_eq!(bench.target.closing, []);
     }
 }
 
@@ -433,7 +605,7 @@ fn a_cache_that_cannot_go_off_says_so_and_stays_on() {
     let mut bench = Bench::forgetful(settings());
     assert_eq!(registers(&bench.ask(&set_features(OFF))), (0x61, 4, 0));
     assert!(cache_is_on(&mut bench));
-    assert_eq!(bench.target.closing, 0);
+    assert_eq!(bench.target.closing, []);
     bench.write(0, &sectors(1, 2));
     same(&bench.stable()[..1024], &sectors(0, 2));
 }
@@ -546,7 +718,7 @@ fn so_many_requests_may_wait_and_no_more() {
     ] {
         assert_eq!(bench.dropped(SMALL, ALICE, &ask), Dropped::NoRoom);
     }
-    assert_eq!(bench.target.closing, 0);
+    assert_eq!(bench.target.closing, []);
     bench.open();
     assert_eq!(bench.pump().len(), PARKED_MAX);
     assert!(bench.target.is_idle());

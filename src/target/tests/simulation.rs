@@ -116,8 +116,8 @@ impl Model {
             0xEF if frame[25] == 0x02 && !self.durable => Must::Nothing,
             0xB0 if frame[29..31] == [0x4F, 0xC2] => match frame[25] {
                 0xD8 => Must::Nothing,
-                0xD0 | 0xDA if state.smart => Must::Succeed,
-                0xD9 if state.smart => Must::Nothing,
+                0xD0 | 0xDA if !state.smart_off.contains(from) => Must::Succeed,
+                0xD9 if !state.smart_off.contains(from) => Must::Nothing,
                 _ => Must::Fail(4),
             },
             _ => Must::Fail(4),
@@ -202,6 +202,7 @@ impl Model {
         };
         let (must, frame) = next.unwrap_or_else(|| panic!("unexpected: {reply:?}"));
         let ata = reply.ata().unwrap();
+        let asker = MacAddr(reply.bytes()[..6].try_into().unwrap());
         let got = match (reply.error(), ata.status) {
             (Some(code), _) => Err(Must::Refuse(code)),
             (None, 0x40) => Ok(ata.data),
@@ -209,7 +210,7 @@ impl Model {
         };
         let data = match (got, &must) {
             // A durable write whose disk took too long: it may have happened.
-            (Err(Must::Fail(4)), Must::Write(_)) if bench.target.is_durable() => return,
+            (Err(Must::Fail(4)), Must::Write(_)) if bench.target.is_durable(asker) => return,
             (Err(got), _) => return assert_eq!(got, must, "{reply:?}"),
             (Ok(_), Must::Refuse(_) | Must::Fail(_) | Must::Silence) => {
                 panic!("{reply:?} instead of {must:?}")
@@ -226,8 +227,9 @@ impl Model {
             Must::Write(places) => {
                 self.done.insert((key, frame[24..].to_vec()));
                 let (disk, stable) = (bench.on_disk(), bench.stable());
-                let target = &bench.target;
-                let durable = self.durable || target.closing > 0 || !target.state.write_cache;
+                let (state, closing) = (&bench.target.state, &bench.target.closing);
+                let off = state.write_cache_off.contains(asker) || closing.contains(&asker);
+                let durable = self.durable || off;
                 for (lba, place) in places {
                     self.acked[lba] = self.acked[lba].max(place);
                     let bytes = lba * 512..(lba + 1) * 512;
@@ -473,7 +475,7 @@ fn run(seed: u64) {
         assert!(!left, "no answer: {list:?}");
     }
     same(&bench.stable(), &model.newest());
-    assert_eq!(bench.target.closing, 0);
+    assert_eq!(bench.target.closing, []);
     let saved = bench.saved().unwrap_or_default();
     assert_eq!(saved, bench.target.state);
 }
