@@ -518,6 +518,7 @@ pub(super) fn runs(mut bits: u64) -> impl Iterator<Item = (u32, u32)> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::sys::slots::watch;
     use proptest::prelude::*;
 
     const IMAGE: ImageId = ImageId {
@@ -576,11 +577,19 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let (path, mut arena) = arena(dir.path());
         for (slot, sequence) in [(0, 7), (1, 5), (2, 6)] {
-            arena.publish(slot, sequence, 3, 1, 0);
+            arena.write(slot, 0, &[sequence; 512]);
+            arena.publish(slot, sequence.into(), 3, 1, 0);
         }
         drop(arena);
-        OldArena::open(&path).unwrap().retire();
-        assert_eq!(OldArena::open(&path).unwrap().sectors(), 0);
+        let mut old = OldArena::open(&path).unwrap();
+        // Killed between any two stores: the newest version or none.
+        let newest = [(3 * 4096, vec![7; 512])];
+        let look = move || {
+            let found = replayed(&path);
+            assert!(found.is_empty() || found == newest, "{found:?}");
+        };
+        watch::each_store(look, || old.retire());
+        assert_eq!(replayed(&dir.path().join("arena")), []);
     }
 
     #[test]

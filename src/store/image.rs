@@ -548,11 +548,23 @@ fn identity(metadata: &std::fs::Metadata, is_device: bool, window: Window) -> u6
 }
 
 /// Writes all of the pieces, one behind the other.
-pub(super) fn write_pieces(file: &File, pieces: &[Body], mut offset: u64) -> io::Result<()> {
+pub(super) fn write_pieces(file: &File, pieces: &[Body], offset: u64) -> io::Result<()> {
+    let together = |vectors: &[IoSlice], at| pwritev(file, vectors, at as i64);
+    let alone = |bytes: &[u8], at| file.write_all_at(bytes, at);
+    write_all(pieces, offset, together, alone)
+}
+
+/// The same with these system calls: the first may write only a part.
+fn write_all(
+    pieces: &[Body],
+    mut offset: u64,
+    together: impl Fn(&[IoSlice], u64) -> nix::Result<usize>,
+    alone: impl Fn(&[u8], u64) -> io::Result<()>,
+) -> io::Result<()> {
     for pieces in pieces.chunks(libc::UIO_MAXIOV as usize) {
         let vectors: Vec<IoSlice> = pieces.iter().map(|piece| IoSlice::new(piece)).collect();
         let len: usize = pieces.iter().map(|piece| piece.len()).sum();
-        let mut done = match pwritev(file, &vectors, offset as i64) {
+        let mut done = match together(&vectors, offset) {
             Ok(done) if shadow::fault!("short-pwritev") => done.max(len),
             Ok(done) => done,
             Err(nix::Error::EINTR) => 0,
@@ -563,7 +575,7 @@ pub(super) fn write_pieces(file: &File, pieces: &[Body], mut offset: u64) -> io:
         for piece in pieces {
             let end = at + piece.len();
             if done < end {
-                file.write_all_at(&piece[done - at..], offset + done as u64)?;
+                alone(&piece[done - at..], offset + done as u64)?;
                 done = end;
             }
             at = end;

@@ -13,7 +13,7 @@ use super::disk::{Backing, Disk, DiskError, Done, Job, JobId, JobKind, Segment};
 use super::image::Image;
 use super::pool::Pool;
 use super::volume::PARKED_MAX;
-use crate::sys::buffer::BufSlice;
+use crate::sys::buffer::{Body, Buf, BufSlice};
 use crate::sys::uring::{Ended, Held, Uring};
 
 /// Threads of each lane for the rest: a discard and a state save may be slow, and
@@ -27,13 +27,54 @@ struct Asked {
     len: usize,
 }
 
+/// The kernel's queue as the engine uses it. A seam: the tests put one there
+/// that ends operations as they wish.
+pub trait Ring {
+    /// Begins a read of `len` bytes at `offset`. What it was given comes back if
+    /// there is no room.
+    fn read(&mut self, id: u64, buf: Buf, len: usize, offset: u64) -> Result<(), Held>;
+    /// Begins a write of the pieces, one behind the other, at `offset`.
+    fn write(&mut self, id: u64, pieces: Vec<Body>, offset: u64) -> Result<(), Held>;
+    /// Begins a sync of all data written before.
+    fn sync(&mut self, id: u64) -> Result<(), Held>;
+    /// Hands everything to the kernel.
+    fn submit(&mut self) -> io::Result<()>;
+    /// `true` if an operation has ended.
+    fn has_ended(&mut self) -> bool;
+    /// An operation that ended, if one has.
+    fn reap(&mut self) -> Option<Ended>;
+}
+
+impl Ring for Uring {
+    fn read(&mut self, id: u64, buf: Buf, len: usize, offset: u64) -> Result<(), Held> {
+        Uring::read(self, id, buf, len, offset)
+    }
+    fn write(&mut self, id: u64, pieces: Vec<Body>, offset: u64) -> Result<(), Held> {
+        Uring::write(self, id, pieces, offset)
+    }
+    fn sync(&mut self, id: u64) -> Result<(), Held> {
+        Uring::sync(self, id)
+    }
+    fn submit(&mut self) -> io::Result<()> {
+        Uring::submit(self)
+    }
+    fn has_ended(&mut self) -> bool {
+        Uring::has_ended(self)
+    }
+    fn reap(&mut self) -> Option<Ended> {
+        Uring::reap(self)
+    }
+}
+
 /// See the head of this file.
-pub struct UringDisk {
+pub struct UringDisk<R: Ring = Uring> {
     // Before the image, which it works on: fields go in this order.
-    ring: Uring,
+    ring: R,
     asked: Vec<Option<Asked>>,
     helpers: Pool,
-    image: Arc<Image>,
+    image: Arc<dyn Backing>,
+    /// `true` if the image is read and written past the page cache.
+    direct: bool,
     event: Arc<EventFd>,
     /// Whether the kernel took not all that it was handed.
     refused: bool,
@@ -44,14 +85,26 @@ impl UringDisk {
     /// It writes this event when jobs have ended.
     pub fn start(image: Arc<Image>, event: Arc<EventFd>) -> io::Result<UringDisk> {
         let ring = Uring::new(image.as_fd(), PARKED_MAX as u32 + 8, event.as_fd())?;
-        let backing: Arc<dyn Backing> = Arc::<Image>::clone(&image);
-        let helpers = Pool::start_with(backing, HELPERS, Arc::clone(&event))?;
+        let direct = image.is_direct();
+        UringDisk::with(ring, image, direct, event)
+    }
+}
+
+impl<R: Ring> UringDisk<R> {
+    fn with(
+        ring: R,
+        image: Arc<dyn Backing>,
+        direct: bool,
+        event: Arc<EventFd>,
+    ) -> io::Result<UringDisk<R>> {
+        let helpers = Pool::start_with(Arc::clone(&image), HELPERS, Arc::clone(&event))?;
         let asked = vec![None; PARKED_MAX + 8];
         Ok(UringDisk {
             ring,
             asked,
             helpers,
             image,
+            direct,
             event,
             refused: false,
         })
@@ -117,7 +170,7 @@ impl UringDisk {
     }
 }
 
-impl Disk for UringDisk {
+impl<R: Ring> Disk for UringDisk<R> {
     fn submit(&mut self, id: JobId, job: Job) {
         let number = Self::number(id);
         let (asked, refused) = match job {
@@ -127,7 +180,7 @@ impl Disk for UringDisk {
             }
             // Through the page cache a write is a copy, and the kernel would
             // hand each to a thread of its own; here one thread takes them all.
-            Job::Write(mut segments) if segments.len() == 1 && self.image.is_direct() => {
+            Job::Write(mut segments) if segments.len() == 1 && self.direct => {
                 let Some(Segment { at, pieces }) = segments.pop() else {
                     return;
                 };
@@ -190,3 +243,6 @@ impl Disk for UringDisk {
         self.refused || self.helpers.has_done() || self.ring.has_ended()
     }
 }
+
+#[cfg(test)]
+mod tests;

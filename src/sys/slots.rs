@@ -82,6 +82,8 @@ impl Slots {
     pub fn set_word(&mut self, index: usize, value: u64) {
         self.0.word(index).store(value, Ordering::Release);
         compiler_fence(Ordering::SeqCst);
+        #[cfg(test)]
+        watch::stored();
     }
 
     /// Writes bytes into a slot that is not lent; `false` (and nothing written)
@@ -97,6 +99,8 @@ impl Slots {
         // not lent, only we lend, and we are borrowed mutably; `bytes` is not
         // of this slot, since a borrow of it would be a borrow of us.
         unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), to, bytes.len()) };
+        #[cfg(test)]
+        watch::stored();
         true
     }
 
@@ -114,6 +118,8 @@ impl Slots {
         // SAFETY: both ranges lie within slots that differ; nobody reads the
         // target, and nobody but us writes the source.
         unsafe { std::ptr::copy_nonoverlapping(source, target, len) };
+        #[cfg(test)]
+        watch::stored();
         true
     }
 
@@ -145,6 +151,32 @@ impl Slots {
             start: at as u32,
             len: len as u32,
         })
+    }
+}
+
+/// A look at the memory after each store of this thread, where a process may be
+/// killed.
+#[cfg(test)]
+pub mod watch {
+    use std::cell::RefCell;
+
+    thread_local! {
+        static LOOK: RefCell<Option<Box<dyn FnMut()>>> = const { RefCell::new(None) };
+    }
+
+    /// Calls `look` after each store, until `work` has ended.
+    pub fn each_store(look: impl FnMut() + 'static, work: impl FnOnce()) {
+        LOOK.set(Some(Box::new(look)));
+        work();
+        LOOK.take();
+    }
+
+    pub(super) fn stored() {
+        // What the look itself stores is none of its business.
+        if let Some(mut look) = LOOK.take() {
+            look();
+            LOOK.set(Some(look));
+        }
     }
 }
 

@@ -4,14 +4,16 @@
 use super::writeback::Run;
 use super::*;
 use crate::store::arena::{ImageId, OldArena};
-use crate::sys::slots::{Slots, file_len};
+use crate::sys::slots::{Slots, file_len, watch};
 use nix::sys::signal::{Signal, kill};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
 use proptest::prelude::*;
+use std::cell::RefCell;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
+use std::rc::Rc;
 use std::time::Duration;
 
 const SECTORS: u64 = 64;
@@ -277,7 +279,7 @@ proptest! {
         seed: u64, slots in 8u32..20, align in 0usize..3, steps in 20u64..300
     ) {
         let align = [1, 1024, 4096][align];
-        let medium = std::cell::RefCell::new(vec![0; SECTORS as usize * 512]);
+        let medium = RefCell::new(vec![0; SECTORS as usize * 512]);
         let disk = |data: &mut Vec<u8>, at: u64, write: bool| {
             let (mut medium, at) = (medium.borrow_mut(), at as usize);
             if write {
@@ -326,7 +328,7 @@ proptest! {
         seed: u64, slots in 8u32..20, align in 0usize..3, steps in 20u64..300
     ) {
         let align = [1, 1024, 4096][align];
-        let medium = std::cell::RefCell::new(vec![0; SECTORS as usize * 512]);
+        let medium = RefCell::new(vec![0; SECTORS as usize * 512]);
         let disk = |data: &mut Vec<u8>, at: u64, write: bool| {
             let (mut medium, at) = (medium.borrow_mut(), at as usize);
             if write {
@@ -506,6 +508,69 @@ fn a_disk_of_whole_groups_gets_whole_groups() {
     assert_eq!(run.extent, extent(0, 4));
     let expected = [[9; 512], [1; 512], [3; 512], [9; 512]].concat();
     assert_eq!(bytes(&run), expected);
+}
+
+/// What a process that is killed between any two stores leaves: all that was
+/// acknowledged, in the arena or on the disk.
+#[test]
+fn a_look_after_every_store_finds_all_that_was_acknowledged() {
+    for seed in 0..4 {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a.arena");
+        let id = ImageId {
+            device: 0,
+            inode: 0,
+            birth: 0,
+            start: 0,
+            len: SECTORS * 512,
+        };
+        let arena = Arena::create(&path, [0; 2], &id, BLOCK, 12).unwrap();
+        let medium = Rc::new(RefCell::new(vec![0; SECTORS as usize * 512]));
+        let disk = |data: &mut Vec<u8>, at: u64, write: bool| {
+            let (mut medium, at) = (medium.borrow_mut(), at as usize);
+            if write {
+                medium[at..at + data.len()].copy_from_slice(data);
+            } else {
+                let len = data.len();
+                data.copy_from_slice(&medium[at..at + len]);
+            }
+        };
+        let align = [1, 1024][seed as usize % 2];
+        let mut bench = Bench::new(cache(arena, align, 9), &disk);
+        // Of each sector what was acknowledged, and what a write in hand brings.
+        let sectors = Rc::new(RefCell::new(vec![(0, 0); SECTORS as usize]));
+        let (seen, under) = (Rc::clone(&sectors), Rc::clone(&medium));
+        let look = move || {
+            let mut bytes = under.borrow().clone();
+            let old = OldArena::open(&path).unwrap();
+            old.replay(|_, at, data| {
+                bytes[at as usize..at as usize + data.len()].copy_from_slice(data);
+                Ok::<(), ()>(())
+            })
+            .unwrap();
+            for (bytes, (acked, coming)) in bytes.chunks(512).zip(seen.borrow().iter()) {
+                let value = u64::from_le_bytes(bytes[..8].try_into().unwrap());
+                assert!(bytes == value.to_le_bytes().repeat(64), "a torn sector");
+                assert!([*acked, *coming].contains(&value), "{value}, not {acked}");
+            }
+        };
+        watch::each_store(look, || {
+            for n in 1..60 {
+                let extent = nth(seed, n);
+                let range = extent.start().0 as usize..extent.end().0 as usize;
+                for sector in &mut sectors.borrow_mut()[range.clone()] {
+                    sector.1 = n;
+                }
+                bench.write(extent, &fill(n, extent));
+                for sector in &mut sectors.borrow_mut()[range] {
+                    sector.0 = n;
+                }
+                for step in 0..draw(seed, n) >> 8 & 7 {
+                    bench.step(draw(seed ^ 2, n << 3 | step));
+                }
+            }
+        });
+    }
 }
 
 /// Names the writer's folder.

@@ -166,3 +166,34 @@ fn reads_leave_the_access_time_alone() {
     assert!(image.read_now(&mut [0; 512], 512));
     assert_eq!(std::fs::metadata(&path).unwrap().accessed().unwrap(), old);
 }
+
+#[test]
+fn a_short_pwritev_is_completed() {
+    // More pieces than one call takes.
+    let pieces: Vec<Body> = (0..1500u32)
+        .map(|n| Body::Bytes(n.to_le_bytes().repeat(1 + n as usize % 3)))
+        .collect();
+    let bytes: Vec<u8> = pieces.iter().flat_map(|piece| piece.to_vec()).collect();
+    for short in [0, 1, 4, 7, 1000, 8000, usize::MAX] {
+        let file = tempfile::tempfile().unwrap();
+        let together = |vectors: &[IoSlice], at: u64| {
+            let all: Vec<u8> = vectors.iter().flat_map(|v| v.to_vec()).collect();
+            let done = short.min(all.len());
+            file.write_all_at(&all[..done], at).unwrap();
+            Ok(done)
+        };
+        let alone = |bytes: &[u8], at| file.write_all_at(bytes, at);
+        write_all(&pieces, 77, together, alone).unwrap();
+        let mut found = vec![0; bytes.len()];
+        file.read_exact_at(&mut found, 77).unwrap();
+        assert!(found == bytes, "{short} bytes at once");
+        assert_eq!(file.metadata().unwrap().len(), 77 + bytes.len() as u64);
+    }
+    let interrupted = |_: &[IoSlice], _| Err(nix::Error::EINTR);
+    let file = tempfile::tempfile().unwrap();
+    let alone = |bytes: &[u8], at| file.write_all_at(bytes, at);
+    write_all(&pieces, 0, interrupted, alone).unwrap();
+    assert_eq!(file.metadata().unwrap().len(), bytes.len() as u64);
+    let failed = |_: &[IoSlice], _| Err(nix::Error::EIO);
+    assert!(write_all(&pieces, 0, failed, alone).is_err());
+}
