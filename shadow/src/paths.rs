@@ -1,8 +1,11 @@
 //! The names a shadow has in its life, and the steps from one to the next.
 //!
 //! `PATH.new` while the image is brought to the instant of the freeze; `PATH`
-//! once the image is still, which is what a backup waits for; `PATH.cut` when a
-//! thaw that nobody ordered is going to touch the image.
+//! once the image is quiesced, which is what a backup waits for; `PATH.thaw` from
+//! the moment a thaw may change the image, whoever ordered it. PATH is a small
+//! file then, the marker, until all is merged: "PATH is there" means "not merged
+//! yet", and "the same inode before and after" proves a copy of the image.
+//! `PATH.cut` is what 0.1.0 called a shadow whose thaw nobody had ordered.
 
 use std::ffi::{OsStr, OsString};
 use std::fmt;
@@ -19,9 +22,13 @@ use nix::libc;
 use nix::unistd::linkat;
 
 use crate::file::BlockFile;
-use crate::format::Spec;
+use crate::format::{Spec, State};
 use crate::open::OpenError;
 use crate::overlay::Shadow;
+
+mod marker;
+
+pub use marker::{abandon, appear, begin_thaw, make_marker, read_marker, remove_marker, vanish};
 
 /// How long a lock that someone holds is asked for again: io_uring may keep a
 /// dead process's file open for a moment.
@@ -32,14 +39,16 @@ const PROBE: u64 = 4 << 20;
 /// The most bytes that such a file may take.
 const PROBE_MAX: u64 = 256 << 10;
 
-/// The three names of a shadow.
+/// The names of a shadow.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Paths {
-    /// Before the image is still.
+    /// Before the image is quiesced.
     pub new: PathBuf,
-    /// While it is, and through a thaw that was ordered.
+    /// While it is; the marker's afterwards.
     pub shadow: PathBuf,
-    /// From the moment the image is no longer still without an order.
+    /// From the moment the image may change; the marker's before.
+    pub thaw: PathBuf,
+    /// The same as 0.1.0 called it, for a thaw that nobody had ordered.
     pub cut: PathBuf,
 }
 
@@ -54,27 +63,34 @@ impl Paths {
         Paths {
             new: with(".new"),
             shadow: path.to_owned(),
+            thaw: with(".thaw"),
             cut: with(".cut"),
         }
     }
 }
 
-/// Under which name a shadow was found.
+/// A name of a shadow.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Found {
     /// `PATH.new`
     New,
     /// `PATH`
     Plain,
+    /// `PATH.thaw`
+    Thaw,
     /// `PATH.cut`
     Cut,
 }
 
 impl Found {
-    /// Which of the three names a path is, by its ending.
+    /// All, the one that stays first where two are links to one file.
+    const ALL: [Found; 4] = [Found::Plain, Found::Thaw, Found::Cut, Found::New];
+
+    /// Returns which of the names a path is, by its ending.
     pub fn of(path: &Path) -> Found {
         match path.extension().and_then(OsStr::to_str) {
             Some("new") => Found::New,
+            Some("thaw") => Found::Thaw,
             Some("cut") => Found::Cut,
             _ => Found::Plain,
         }
@@ -84,7 +100,7 @@ impl Found {
     pub fn plain(path: &Path) -> PathBuf {
         match Found::of(path) {
             Found::Plain => path.to_owned(),
-            Found::New | Found::Cut => path.with_extension(""),
+            Found::New | Found::Thaw | Found::Cut => path.with_extension(""),
         }
     }
 
@@ -93,22 +109,70 @@ impl Found {
         match self {
             Found::New => &paths.new,
             Found::Plain => &paths.shadow,
+            Found::Thaw => &paths.thaw,
             Found::Cut => &paths.cut,
+        }
+    }
+
+    /// Returns the state of a freeze whose shadow has this name and this state in
+    /// its header, where a change of the name comes first.
+    pub fn state(self, header: State) -> State {
+        match (self, header) {
+            (_, State::Thawing) | (Found::Thaw | Found::Cut, _) => State::Thawing,
+            (Found::New, State::Freezing) => State::Freezing,
+            _ => State::Frozen,
         }
     }
 }
 
-/// Which of the names are there, whatever they are.
-pub fn find(paths: &Paths) -> io::Result<Vec<Found>> {
-    let mut found = Vec::new();
-    for name in [Found::New, Found::Plain, Found::Cut] {
-        match fs::symlink_metadata(name.path(paths)) {
-            Ok(_) => found.push(name),
-            Err(e) if e.kind() == io::ErrorKind::NotFound => {}
+/// What has the names of a shadow.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Names {
+    /// Names of what may be a shadow, one for each file.
+    pub files: Vec<Found>,
+    /// Names of markers, with the uuid of the shadow that each stands for.
+    pub markers: Vec<(Found, [u8; 16])>,
+}
+
+/// Looks which of the names are there, whatever they are.
+pub fn find(paths: &Paths) -> io::Result<Names> {
+    let mut names = Names::default();
+    let mut seen = Vec::new();
+    for name in Found::ALL {
+        let path = name.path(paths);
+        let metadata = match fs::symlink_metadata(path) {
+            Ok(metadata) => metadata,
+            Err(e) if e.kind() == io::ErrorKind::NotFound => continue,
             Err(e) => return Err(e),
+        };
+        let inode = (metadata.dev(), metadata.ino());
+        if let Some(uuid) = read_marker(path)? {
+            names.markers.push((name, uuid));
+        } else if !seen.contains(&inode) {
+            seen.push(inode);
+            names.files.push(name);
         }
     }
-    Ok(found)
+    Ok(names)
+}
+
+/// Returns the path of the shadow, where the path that was given is its marker.
+pub fn behind_marker(path: &Path) -> Result<PathBuf, PathError> {
+    let look = |e| at(path)(Trouble::System("looking at it", e));
+    let Some(uuid) = read_marker(path).map_err(look)? else {
+        return Ok(path.to_owned());
+    };
+    let paths = Paths::of(&Found::plain(path));
+    let other = match Found::of(path) {
+        Found::Plain => paths.thaw,
+        _ => paths.shadow,
+    };
+    let there = fs::symlink_metadata(&other).is_ok();
+    if there && read_marker(&other).map_err(look)? != Some(uuid) {
+        Ok(other)
+    } else {
+        Err(at(path)(Trouble::Marker(other)))
+    }
 }
 
 /// What a shadow is opened for.
@@ -120,7 +184,8 @@ pub enum Access {
     Change,
 }
 
-/// A shadow's file: a regular one, locked as a whole as long as this is open.
+/// A shadow's file: a regular one, locked as a whole as long as this is open,
+/// unless [`peek`] found it in use.
 #[derive(Debug)]
 pub struct ShadowFile(File);
 
@@ -230,6 +295,8 @@ pub enum Trouble {
     NoHoles,
     /// Its filesystem does not take a file of so many bytes.
     TooLarge(u64),
+    /// It is the marker of a shadow, which should be there and is not.
+    Marker(PathBuf),
     /// It cannot be used as a shadow.
     Open(OpenError),
     /// A system call failed, and which.
@@ -252,6 +319,11 @@ impl fmt::Display for PathError {
                 f,
                 "its filesystem does not take a file of {bytes} bytes, holes as they are; give a \
                  path on another"
+            ),
+            Trouble::Marker(shadow) => write!(
+                f,
+                "is the marker of {}, which is not there; bring that file back",
+                shadow.display()
             ),
             Trouble::Open(e) => write!(f, "{e}"),
             Trouble::System(what, e) => {
@@ -283,18 +355,24 @@ fn at(path: &Path) -> impl Fn(Trouble) -> PathError + '_ {
 }
 
 /// Makes `PATH.new`: locked, of its full length and all holes, with its header
-/// and its name on stable storage. What has that name already is left alone.
+/// and its name on stable storage. Its marker, `PATH.thaw`, is made behind it, so
+/// that a thaw needs no room. What has one of the names already is left alone.
 ///
 /// What was made is taken away again if a step fails. The name is given last
 /// where the filesystem can: who dies before leaves nothing, rather than a file
 /// that the next start does not know.
 pub fn create(paths: &Paths, spec: &Spec) -> Result<Shadow<ShadowFile>, PathError> {
     let path = paths.new.as_path();
+    for taken in [&paths.shadow, &paths.thaw, &paths.cut] {
+        if fs::symlink_metadata(taken).is_ok() {
+            return Err(at(taken)(Trouble::Exists));
+        }
+    }
     let shadow = match unnamed(path) {
         Some(file) => Some(fill(file, spec).map_err(at(path))?),
         None => None,
     };
-    let shadow = match shadow.map(|shadow| (name(&shadow, path), shadow)) {
+    let shadow = match shadow.map(|shadow| (name(shadow.file().as_file(), path), shadow)) {
         Some((Ok(()), shadow)) => shadow,
         Some((Err(e), _)) if e.kind() == io::ErrorKind::AlreadyExists => {
             return Err(at(path)(Trouble::Exists));
@@ -302,10 +380,13 @@ pub fn create(paths: &Paths, spec: &Spec) -> Result<Shadow<ShadowFile>, PathErro
         // It cannot be named later: then at once.
         Some((Err(_), _)) | None => named(path, spec).map_err(at(path))?,
     };
-    sync_directory(path).map_err(|e| {
+    let marked = sync_directory(path)
+        .and_then(|()| make_marker(&paths.thaw, &spec.uuid))
+        .and_then(|()| sync_directory(path));
+    marked.map_err(|e| {
         // The first error is the one to tell.
-        let _ = fs::remove_file(path);
-        at(path)(Trouble::System("syncing its directory", e))
+        abandon(paths, &spec.uuid);
+        at(path)(Trouble::System("giving it and its marker a name", e))
     })?;
     Ok(shadow)
 }
@@ -325,8 +406,8 @@ fn unnamed(path: &Path) -> Option<File> {
 }
 
 /// Gives such a file its name.
-fn name(shadow: &Shadow<ShadowFile>, path: &Path) -> io::Result<()> {
-    let number = shadow.file().as_file().as_raw_fd();
+fn name(file: &File, path: &Path) -> io::Result<()> {
+    let number = file.as_raw_fd();
     let open = format!("/proc/self/fd/{number}");
     let follow = AtFlags::AT_SYMLINK_FOLLOW;
     Ok(linkat(AT_FDCWD, open.as_str(), AT_FDCWD, path, follow)?)
@@ -372,6 +453,15 @@ pub fn open(path: &Path) -> Result<Shadow<ShadowFile>, PathError> {
 /// Opens the file of a shadow and locks it, without looking at what it holds;
 /// its length in bytes comes with it.
 pub fn lock(path: &Path, access: Access) -> Result<(ShadowFile, u64), PathError> {
+    let file = open_file(path, access)?;
+    let file = ShadowFile::lock(file, access).map_err(at(path))?;
+    // Only with the lock is the length what it will be.
+    let metadata = file.0.metadata();
+    let metadata = metadata.map_err(|e| at(path)(Trouble::System("looking at it", e)))?;
+    Ok((file, metadata.len()))
+}
+
+fn open_file(path: &Path, access: Access) -> Result<File, PathError> {
     let step = |what| move |e| at(path)(Trouble::System(what, e));
     // Looked at before it is opened: opening a device or a pipe may do
     // something, or wait.
@@ -379,19 +469,39 @@ pub fn lock(path: &Path, access: Access) -> Result<(ShadowFile, u64), PathError>
         io::ErrorKind::NotFound => at(path)(Trouble::Missing),
         _ => step("looking at it")(e),
     })?;
-    if !metadata.is_file() {
-        return Err(at(path)(Trouble::NotAFile));
-    }
     let mut how = OpenOptions::new();
     how.read(true).write(access == Access::Change);
-    let file = how.open(path).map_err(step("opening it"))?;
-    let file = ShadowFile::lock(file, access).map_err(at(path))?;
-    // Only with the lock is the length what it will be.
-    let metadata = file.0.metadata().map_err(step("looking at it"))?;
     if !metadata.is_file() {
         return Err(at(path)(Trouble::NotAFile));
     }
-    Ok((file, metadata.len()))
+    let file = how.open(path).map_err(step("opening it"))?;
+    let metadata = file.metadata().map_err(step("looking at it"))?;
+    match metadata.is_file() {
+        true => Ok(file),
+        false => Err(at(path)(Trouble::NotAFile)),
+    }
+}
+
+/// A shadow's file that was opened to be read, and its length in bytes.
+#[derive(Debug)]
+pub enum Peek {
+    /// It is locked by us; nobody changes it.
+    Ours(ShadowFile, u64),
+    /// Another process has it locked, and may change it any moment.
+    InUse(ShadowFile, u64),
+}
+
+/// Opens the file of a shadow to be read, whoever has it.
+pub fn peek(path: &Path) -> Result<Peek, PathError> {
+    let file = open_file(path, Access::Look)?;
+    let ours = ShadowFile::try_lock(&file, Access::Look).map_err(at(path))?;
+    let len = file.metadata();
+    let len = len.map_err(|e| at(path)(Trouble::System("looking at it", e)))?;
+    let (file, len) = (ShadowFile(file), len.len());
+    Ok(match ours {
+        true => Peek::Ours(file, len),
+        false => Peek::InUse(file, len),
+    })
 }
 
 /// Gives a shadow its next name, and syncs the directory. Something that has
@@ -411,7 +521,7 @@ pub fn rename(from: &Path, to: &Path) -> io::Result<()> {
     sync_directory(to)
 }
 
-/// Takes a shadow away, and syncs the directory.
+/// Removes a file, and syncs the directory.
 pub fn remove(path: &Path) -> io::Result<()> {
     fs::remove_file(path)?;
     sync_directory(path)

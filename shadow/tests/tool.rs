@@ -103,7 +103,7 @@ impl Scene {
 
     fn assert_merged(&self) {
         assert!(fs::read(self.path("image")).unwrap() == self.expected);
-        for name in ["s", "s.new", "s.cut"] {
+        for name in ["s", "s.new", "s.thaw", "s.cut"] {
             assert!(!self.path(name).exists(), "{name}");
         }
     }
@@ -158,38 +158,50 @@ fn a_merge_brings_all_and_leaves_nothing() {
 
 #[test]
 fn each_of_its_names_is_merged() {
-    for (name, state) in [
-        ("s.new", State::Freezing),
-        ("s.cut", State::Frozen),
-        ("s.cut", State::Thawing),
-        ("s", State::Thawing),
+    // The last two are of 0.1.0.
+    for (name, called, state) in [
+        ("s.new", "s.new", State::Freezing),
+        ("s", "s", State::Freezing),
+        ("s", "s.thaw", State::Freezing),
+        ("s.thaw", "s.thaw", State::Freezing),
+        ("s.thaw", "s", State::Freezing),
+        ("s.thaw", "s", State::Thawing),
+        ("s.thaw", "s.thaw", State::Thawing),
+        ("s.cut", "s.cut", State::Frozen),
+        ("s", "s", State::Thawing),
     ] {
         let mut scene = Scene::new();
         let mut shadow = scene.freeze();
         shadow.set_state(state).unwrap();
         drop(shadow);
+        if name == "s.thaw" {
+            fs::rename(scene.path("s.thaw"), scene.path("s")).unwrap();
+        }
         if name != "s.new" {
             fs::rename(scene.path("s.new"), scene.path(name)).unwrap();
+        }
+        if name == "s.cut" || (name, state) == ("s", State::Thawing) {
+            fs::remove_file(scene.path("s.thaw")).unwrap();
         }
         // A record names PATH whatever the file is called.
         let path = scene.path("s").to_str().unwrap().to_owned();
         scene.record("this.shadow.toml", &[("shadow", path)]);
-        scene.good(&["merge", name, "image"]);
+        scene.good(&["merge", called, "image"]);
         scene.assert_merged();
         assert!(!scene.path("state/this.shadow.toml").exists(), "{name}");
     }
 }
 
 #[test]
-fn path_is_gone_before_the_image_is_touched() {
+fn path_is_another_inode_before_the_image_is_touched() {
     // What would be the new name is taken, so that it stops there.
     let mut scene = Scene::new();
     scene.frozen();
-    fs::write(scene.path("s.cut"), "mine").unwrap();
+    fs::write(scene.path("s.thaw"), "mine").unwrap();
     let line = scene.bad(&["merge", "s", "image"]);
-    assert!(line.contains("shadow s: renaming it to .cut"), "{line}");
+    assert!(line.contains("shadow s: renaming it to .thaw"), "{line}");
     scene.assert_untouched();
-    assert_eq!(fs::read(scene.path("s.cut")).unwrap(), b"mine");
+    assert_eq!(fs::read(scene.path("s.thaw")).unwrap(), b"mine");
     assert_eq!(
         paths::open(&scene.path("s")).unwrap().state(),
         State::Frozen
@@ -249,11 +261,24 @@ fn what_a_target_has_locked_is_left_alone() {
     let shadow = scene.freeze();
     for args in [
         &["merge", "s.new", "image"][..],
-        &["inspect", "s.new"],
         &["check", "s.new", "image"],
     ] {
         let line = scene.bad(args);
         assert!(line.contains("another process has it open"), "{line}");
+    }
+    // A look is free.
+    let lines = scene.good(&["inspect", "s.new"]);
+    let user = format!(
+        "in use:     by process {}; the figures may be a moment old",
+        std::process::id()
+    );
+    for line in [&user, "state:      freezing"] {
+        assert!(lines.lines().any(|l| l == line), "{line} in {lines}");
+    }
+    let json = scene.good(&["inspect", "--json", "s.new"]);
+    let user = format!("\"in_use_by\": {}", std::process::id());
+    for field in ["\"in_use\": true", &user, "\"state\": \"freezing\""] {
+        assert!(json.contains(field), "{field} in {json}");
     }
     drop(shadow);
     // As a target locks the window of an export without -l.
@@ -323,6 +348,45 @@ fn an_arena_of_this_boot_goes_first() {
     record(&"0".repeat(32), START, LEN);
     scene.good(&["merge", "s", "image"]);
     scene.assert_merged();
+}
+
+/// The header of a shadow says "freezing" until it is merged.
+#[test]
+fn inspect_calls_the_state_by_its_name() {
+    let mut scene = Scene::new();
+    let shadow = scene.freeze();
+    let paths = Paths::of(&scene.path("s"));
+    let is = |state: &str, names: &[&str]| {
+        for name in names {
+            let lines = scene.good(&["inspect", name]);
+            let line = format!("state:      {state}");
+            assert!(lines.lines().any(|l| l == line), "{line} in {lines}");
+            let json = scene.good(&["inspect", "--json", name]);
+            assert!(json.contains(&format!("\"state\": \"{state}\"")), "{json}");
+        }
+    };
+    is("freezing", &["s.new"]);
+    paths::appear(&paths, shadow.file()).unwrap();
+    is("frozen", &["s", "s.thaw"]);
+    paths::begin_thaw(&paths, shadow.file(), &[0x42; 16]).unwrap();
+    is("thawing", &["s", "s.thaw"]);
+    drop(shadow);
+    is("thawing", &["s", "s.thaw"]);
+    assert!(
+        scene
+            .good(&["inspect", "--json", "s"])
+            .contains("\"in_use\": false")
+    );
+    assert!(!scene.good(&["inspect", "s"]).contains("in use"));
+    fs::remove_file(scene.path("s.thaw")).unwrap();
+    for args in [
+        &["inspect", "s"][..],
+        &["check", "s"],
+        &["merge", "s", "image"],
+    ] {
+        let line = scene.bad(args);
+        assert!(line.contains("is the marker of s.thaw"), "{line}");
+    }
 }
 
 #[test]
@@ -480,6 +544,7 @@ fn killed_anywhere_it_is_taken_up_again() {
     };
     scene.expected.resize(big as usize, 0);
     let mut shadow = paths::create(&Paths::of(&scene.path("s")), &spec).unwrap();
+    paths::appear(&Paths::of(&scene.path("s")), shadow.file()).unwrap();
     for at in (0..big - (1 << 20)).step_by(1 << 20) {
         let data = vec![(at >> 20) as u8 | 1; 700_000];
         shadow.write(&scene.image(), at + 5000, &data).unwrap();
@@ -489,10 +554,12 @@ fn killed_anywhere_it_is_taken_up_again() {
     drop(shadow);
     let mut kills = 0;
     for wait in 1.. {
-        let name = ["s.new", "s.cut"]
+        let name = ["s.new", "s", "s.thaw"]
             .into_iter()
             .find(|name| scene.path(name).exists());
         let Some(name) = name else { break };
+        // A marker has its shadow.
+        paths::behind_marker(&scene.path(name)).unwrap();
         let mut child = Command::new(env!("CARGO_BIN_EXE_aoede-shadow"))
             .current_dir(scene.dir.path())
             .args(["merge", "--state-dir", "state", name, "image"])

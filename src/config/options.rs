@@ -337,11 +337,14 @@ fn check_shadow(mut shadow: ShadowOption, image: &Path) -> Result<ShadowOption, 
     if !parent.is_dir() {
         return bad("its directory does not exist; make it first");
     }
-    if [".new", ".cut"]
+    if [".new", ".thaw", ".cut", ".lock"]
         .iter()
         .any(|end| name.as_encoded_bytes().ends_with(end.as_bytes()))
     {
-        return bad("ends in .new or .cut, which a freeze adds to it; choose another name");
+        return bad(
+            "ends in .new, .thaw, .cut or .lock, which a freeze or a backup adds to it; choose \
+             another name",
+        );
     }
     shadow.path = real(parent).join(name);
     Ok(shadow)

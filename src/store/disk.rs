@@ -170,19 +170,15 @@ pub enum Step {
         /// Bytes of the disk to take for it at once.
         reserve: u64,
     },
-    /// Renames PATH.new to PATH: the image is still.
+    /// Renames PATH.new to PATH: the image is quiesced.
     Appear,
-    /// Marks the shadow as one to be merged; with `cut`, after it was renamed
-    /// from PATH to PATH.cut.
-    Seal {
-        /// Whether nobody has ordered it.
-        cut: bool,
-    },
+    /// Makes PATH another inode, and marks the shadow as one to be merged.
+    Seal,
     /// Takes so many bytes of the disk at once, no more and no less.
     Reserve(u64),
     /// Gives back what was taken at once.
     Release,
-    /// Takes the shadow away, and the record of it.
+    /// Removes the shadow, its marker and its record.
     Vanish,
 }
 

@@ -47,6 +47,8 @@ pub enum ShadowError {
     Gone(PathBuf),
     /// It is there, and the image is read-only.
     ReadOnly(PathBuf),
+    /// A marker is there, and the shadow that it stands for is not.
+    MarkerAlone(PathBuf, PathBuf),
     /// The record, or its directory.
     Record(PathBuf, String),
     /// Bringing it up to date.
@@ -92,6 +94,13 @@ impl fmt::Display for ShadowError {
                 "shadow {} is not merged yet, which changes the image; start once without -r",
                 path.display()
             ),
+            ShadowError::MarkerAlone(marker, shadow) => write!(
+                f,
+                "{} is the marker of shadow {}, which is not there; bring that file back, or \
+                 --discard-shadow gives up what it holds",
+                marker.display(),
+                shadow.display()
+            ),
             ShadowError::Record(path, what) => {
                 write!(f, "shadow record {}: {what}", path.display())
             }
@@ -119,12 +128,16 @@ pub struct ShadowOptions {
     pub state_dir: PathBuf,
     /// Gives up what a shadow holds.
     pub discard: bool,
+    /// Name of the export in log lines, such as `e1.1`.
+    pub export: String,
 }
 
 /// A shadow that was found at a start.
 pub struct FoundShadow {
     shadow: Shadow<ShadowFile>,
+    paths: Paths,
     name: Found,
+    export: String,
 }
 
 impl FoundShadow {
@@ -142,16 +155,35 @@ impl FoundShadow {
         at: u64,
         bytes: &[u8],
     ) -> io::Result<()> {
-        let cut = self.name == Found::Cut;
+        if self.is_thawing() {
+            self.begin_thaw()?;
+        }
         let image = Unaligned(image);
-        match replay(&mut self.shadow, cut, &image, generation, at, bytes) {
+        match replay(&mut self.shadow, &image, generation, at, bytes) {
             Err(e) if e.kind() == io::ErrorKind::StorageFull => {
                 // For this, room was taken; the volume takes it again.
                 give_back(self.shadow.file(), self.shadow.spec())?;
-                replay(&mut self.shadow, cut, &image, generation, at, bytes)
+                replay(&mut self.shadow, &image, generation, at, bytes)
             }
             done => done,
         }
+    }
+
+    /// `true` if the image may have changed since the shadow was made.
+    fn is_thawing(&self) -> bool {
+        self.name.state(self.shadow.state()) == State::Thawing
+    }
+
+    /// Makes PATH another inode and says in the header what the name does. Before
+    /// both are on the disk, the image is not touched.
+    fn begin_thaw(&mut self) -> io::Result<()> {
+        if self.name != Found::New {
+            let uuid = self.shadow.spec().uuid;
+            let unmarked = paths::begin_thaw(&self.paths, self.shadow.file(), &uuid)?;
+            warn_unmarked(&self.export, &self.paths, unmarked);
+            self.name = Found::Thaw;
+        }
+        seal(&mut self.shadow)
     }
 
     /// Brings what was replayed to stable storage; the image is synced already.
@@ -162,17 +194,15 @@ impl FoundShadow {
 
 /// What a dead process's cache held belongs to the image, if it is older than
 /// the freeze; to the shadow, if it is not; to both as one, if they are being
-/// merged. `cut` says that they are, whatever the header does.
+/// merged.
 pub(super) fn replay<F: BlockFile>(
     shadow: &mut Shadow<F>,
-    cut: bool,
     image: &dyn BlockFile,
     generation: u64,
     at: u64,
     bytes: &[u8],
 ) -> io::Result<()> {
-    if cut || shadow.state() == State::Thawing {
-        seal(shadow)?;
+    if shadow.state() == State::Thawing {
         shadow.write_thawing(image, at, bytes)
     } else if generation >= shadow.spec().generation {
         shadow.write(image, at, bytes)
@@ -181,8 +211,19 @@ pub(super) fn replay<F: BlockFile>(
     }
 }
 
+/// Tells why PATH is not the marker while a shadow is merged.
+fn warn_unmarked(export: &str, paths: &Paths, unmarked: Option<io::Error>) {
+    if let Some(e) = unmarked {
+        log::warn!(
+            "{export}: shadow {}: PATH cannot be the marker while it is merged ({e}); do not take \
+             its absence for the end of the thaw",
+            paths.shadow.display()
+        );
+    }
+}
+
 /// The header says what the name does: it is to be merged.
-fn seal<F: BlockFile>(shadow: &mut Shadow<F>) -> io::Result<()> {
+pub(super) fn seal<F: BlockFile>(shadow: &mut Shadow<F>) -> io::Result<()> {
     if shadow.state() == State::Thawing {
         return Ok(());
     }
@@ -207,6 +248,7 @@ impl BlockFile for Unaligned<'_> {
 /// The files of a freeze.
 pub struct ShadowStore {
     image: Arc<Image>,
+    export: String,
     paths: Paths,
     record: Record,
     /// The shadow, while there is one.
@@ -221,10 +263,6 @@ struct Held {
     spec: Spec,
     state: State,
     sequence: u64,
-    name: Found,
-    /// Whether its directory is to be synced before anything that its name
-    /// promises.
-    owes_sync: bool,
 }
 
 /// What a start finds of an image's shadow, before anything is changed. Refuses
@@ -266,10 +304,20 @@ pub fn find_shadow(
     let paths = Paths::of(path);
     let found =
         paths::find(&paths).map_err(|e| ShadowError::Io(path.to_owned(), "looking for it", e))?;
-    let name = match found.as_slice() {
+    let name = match found.files.as_slice() {
         [] if recorded.is_some() => return Err(ShadowError::Gone(path.to_owned())),
-        [] if image.is_read_only() => return Ok(None),
-        [] => return probe(path).map(|()| None),
+        [] => match found.markers.first() {
+            Some((marker, _)) => {
+                let other = match marker {
+                    Found::Plain => &paths.thaw,
+                    _ => &paths.shadow,
+                };
+                let marker = marker.path(&paths).to_owned();
+                return Err(ShadowError::MarkerAlone(marker, other.clone()));
+            }
+            None if image.is_read_only() => return Ok(None),
+            None => return probe(path).map(|()| None),
+        },
         [name] => *name,
         [one, other, ..] => {
             return Err(ShadowError::Twice(
@@ -280,6 +328,11 @@ pub fn find_shadow(
     };
     let real = name.path(&paths);
     let mut shadow = paths::open(real)?;
+    let uuid = shadow.spec().uuid;
+    if let Some((marker, _)) = found.markers.iter().find(|(_, of)| *of != uuid) {
+        let marker = marker.path(&paths).to_owned();
+        return Err(ShadowError::Twice(real.to_owned(), marker));
+    }
     let other = |how: String| ShadowError::OtherImage(real.to_owned(), how);
     if let Some(difference) = shadow.spec().identity.difference(&identity) {
         return Err(other(difference.to_string()));
@@ -302,14 +355,20 @@ pub fn find_shadow(
         false => shadow.confirm(),
     };
     confirmed.map_err(|e| ShadowError::Io(real.to_owned(), "syncing it", e))?;
-    Ok(Some(FoundShadow { shadow, name }))
+    Ok(Some(FoundShadow {
+        shadow,
+        name,
+        export: options.export.clone(),
+        paths,
+    }))
 }
 
 /// Gives a shadow up, as told: out of the way, and no record of it.
 fn discard(record: &Record, path: &Path, recorded: bool) -> Result<(), ShadowError> {
     let paths = Paths::of(path);
     let fail = |what| move |e| ShadowError::Io(path.to_owned(), what, e);
-    for name in paths::find(&paths).map_err(fail("looking for it"))? {
+    let found = paths::find(&paths).map_err(fail("looking for it"))?;
+    for name in found.files {
         let real = name.path(&paths);
         let held = match paths::open(real) {
             Ok(shadow) => {
@@ -331,6 +390,10 @@ fn discard(record: &Record, path: &Path, recorded: bool) -> Result<(), ShadowErr
             Path::new(&aside).display()
         );
     }
+    for (name, uuid) in found.markers {
+        let removed = paths::remove_marker(name.path(&paths), &uuid);
+        removed.map_err(fail("removing its marker"))?;
+    }
     record.remove().map_err(fail("removing its record"))
 }
 
@@ -349,11 +412,12 @@ impl ShadowStore {
             .map_err(fail("asking what image it is of"))?;
         let window = (image.id().start, image.id().len);
         let record = Record::of(&options.state_dir, path, identity, window);
-        let paths = Paths::of(path);
+        let export = options.export.clone();
         let Some(mut found) = found else {
             let store = ShadowStore {
                 image,
-                paths,
+                export,
+                paths: Paths::of(path),
                 record,
                 open: RwLock::new(None),
                 state: Mutex::new(None),
@@ -362,17 +426,23 @@ impl ShadowStore {
         };
         // A shadow that was moved here has no record yet.
         record.write(image.id().len).map_err(fail("recording it"))?;
-        if found.name == Found::Cut {
-            seal(&mut found.shadow).map_err(fail("marking it"))?;
-        }
-        if found.name == Found::New && found.shadow.state() != State::Thawing {
-            // What was written before the freeze is in the image.
-            image.sync().map_err(fail("syncing the image"))?;
-            paths::rename(&paths.new, &paths.shadow).map_err(fail("renaming it"))?;
-            found.name = Found::Plain;
+        if found.is_thawing() {
+            found.begin_thaw().map_err(fail("marking it"))?;
+        } else {
+            if found.name == Found::New {
+                // What was written before the freeze is in the image.
+                image.sync().map_err(fail("syncing the image"))?;
+            }
+            let file = found.shadow.file();
+            paths::appear(&found.paths, file).map_err(fail("renaming it"))?;
+            // 0.1.0 made none. Where it cannot be made, the thaw tries again.
+            if let Err(e) = paths::make_marker(&found.paths.thaw, &found.shadow.spec().uuid) {
+                let thaw = found.paths.thaw.display();
+                log::warn!("{export}: {thaw}: no marker for the thaw can be made: {e}");
+            }
         }
         keep_no_access_time(found.shadow.file().as_file());
-        let name = found.name;
+        let paths = found.paths;
         let (file, spec, state, sequence, map) = found.shadow.into_parts();
         let left = LeftShadow {
             state,
@@ -384,11 +454,10 @@ impl ShadowStore {
             spec,
             state,
             sequence,
-            name,
-            owes_sync: false,
         };
         let store = ShadowStore {
             image,
+            export,
             paths,
             record,
             open: RwLock::new(Some(Arc::new(file))),
@@ -413,7 +482,7 @@ impl ShadowStore {
         if let Err(e) = made {
             // The first error is the one to tell.
             let _ = self.record.remove();
-            let _ = paths::remove(&self.paths.new);
+            paths::abandon(&self.paths, &spec.uuid);
             return Err(e);
         }
         keep_no_access_time(file.as_file());
@@ -422,41 +491,18 @@ impl ShadowStore {
             spec,
             state,
             sequence,
-            name: Found::New,
-            owes_sync: false,
         });
         Ok(())
     }
 
-    /// Gives it the name it has in the next phase, unless it has it.
-    fn rename(&self, held: &mut Held, name: Found) -> io::Result<()> {
-        if held.name == name {
-            return Ok(());
-        }
-        let (from, to) = (held.name.path(&self.paths), name.path(&self.paths));
-        match paths::rename(from, to) {
-            Ok(()) => held.name = name,
-            // Renamed, and the directory could not be synced: it has the name
-            // that it will have, and the sync is owed.
-            Err(e) if !from.exists() && to.exists() => {
-                held.name = name;
-                held.owes_sync = true;
-                return Err(e);
-            }
-            Err(e) => return Err(e),
-        }
-        Ok(())
-    }
-
-    /// Marks it as one to be merged. Before this is on the disk, the image is
-    /// not touched.
-    fn seal(&self, held: &mut Held, cut: bool) -> io::Result<()> {
-        if cut && held.name == Found::Plain {
-            self.rename(held, Found::Cut)?;
-        }
-        give_back(self.file()?.as_ref(), &held.spec)?;
+    /// Makes PATH another inode, and marks the shadow as one to be merged. Before
+    /// both are on the disk, the image is not touched.
+    fn seal(&self, held: &mut Held) -> io::Result<()> {
+        let file = self.file()?;
+        give_back(&file, &held.spec)?;
+        let unmarked = paths::begin_thaw(&self.paths, &file, &held.spec.uuid)?;
+        warn_unmarked(&self.export, &self.paths, unmarked);
         if held.state != State::Thawing {
-            let file = self.file()?;
             let page = header_page(&held.spec, State::Thawing, held.sequence + 1);
             file.write_at(&page.bytes, page.offset)?;
             if !shadow::fault!("seal-not-synced") {
@@ -483,10 +529,7 @@ impl ShadowStore {
         // The record first: a shadow without one is merged to its end, and is
         // empty; a record without a shadow would stop every start.
         self.record.remove()?;
-        match paths::remove(held.name.path(&self.paths)) {
-            Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
-            _ => {}
-        }
+        paths::vanish(&self.paths, self.file()?.as_ref(), &held.spec.uuid)?;
         *self.open.write() = None;
         *slot = None;
         Ok(())
@@ -590,13 +633,9 @@ impl Backing for ShadowStore {
         let Some(held) = state.as_mut() else {
             return Err(io::Error::other("there is no shadow"));
         };
-        if held.owes_sync {
-            paths::sync_directory(&self.paths.shadow)?;
-            held.owes_sync = false;
-        }
         match step {
-            Step::Appear => self.rename(held, Found::Plain),
-            Step::Seal { cut } => self.seal(held, *cut),
+            Step::Appear => paths::appear(&self.paths, self.file()?.as_ref()),
+            Step::Seal => self.seal(held),
             Step::Reserve(bytes) => self.reserve(held, *bytes),
             Step::Release => give_back(self.file()?.as_ref(), &held.spec),
             Step::Create { .. } | Step::Vanish => Ok(()),

@@ -2,6 +2,7 @@
 //! the image stays as it was, and nothing acknowledged is lost whatever dies.
 
 use std::fs;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -60,6 +61,13 @@ impl Bed {
             name.starts_with("shadow.img")
         };
         all.into_iter().filter(is).collect()
+    }
+
+    /// The inode that PATH is now.
+    fn inode(&self) -> Option<u64> {
+        fs::symlink_metadata(self.shadow())
+            .map(|path| path.ino())
+            .ok()
     }
 
     fn options(&self, extra: &[&str]) -> Vec<String> {
@@ -336,7 +344,7 @@ fn without_a_shadow_writes_wait_and_everything_else_goes_on() {
     let mut client = wire.client();
     client.write_many(0, &data(1, 64)).unwrap();
     order(&target, 1);
-    target.wait_for_line("the image is still", soon()).unwrap();
+    target.wait_for_line("is quiesced", soon()).unwrap();
     assert!(store.sectors(0, 64) == data(1, 64));
     assert_eq!(client.read_many(0, 64).unwrap(), data(1, 64));
     client.flush().unwrap();

@@ -143,7 +143,10 @@ fn a_shadow_path_that_could_not_serve_is_refused_untouched() {
     std::fs::write(&image, [0; 512]).unwrap();
     let image = image.display();
     for (shadow, says) in [
-        (dir.path().join("backup.new"), "ends in .new or .cut"),
+        (
+            dir.path().join("backup.new"),
+            "ends in .new, .thaw, .cut or .lock",
+        ),
         (dir.path().join("none/shadow"), "directory does not exist"),
         (dir.path().join("./disk.img"), "the image itself"),
     ] {

@@ -7,15 +7,28 @@
 //! Freezing   the old generation goes to the image, which is synced
 //! Appearing  PATH.new becomes PATH: the image is still and whole
 //! Frozen     the new generation goes to the shadow: data, sync, bits, sync
-//! Sealing    nothing more goes there; (PATH becomes PATH.cut;) "thawing", synced
+//! Sealing    nothing more goes there; PATH becomes PATH.thaw, and its marker PATH;
+//!            the directory is synced; then "thawing", synced
 //! Thawing    everything goes to the image: data, sync, bits cleared, sync
-//! Vanishing  all is in the image, and synced: the shadow is removed
+//! Vanishing  all is in the image, and synced: record, marker and shadow are removed
 //! ```
 //!
 //! Until "thawing" is on the disk the image is not touched; from then on a dead
 //! process's cache is the image's. Before, what the cache holds of the new
 //! generation is the shadow's.
+//!
+//! PATH is another inode on the disk before the image is touched, whoever wants
+//! the thaw: who finds the same inode before and after has a copy of one instant.
+//! The marker is made with the shadow, as PATH.thaw, so that a thaw needs no room
+//! on a filesystem that is full. One exchange moves both names, so that PATH is
+//! never absent before all is merged. Where the filesystem cannot exchange, the
+//! marker is removed, the shadow renamed, the marker made again: killed between,
+//! the shadow is PATH, and frozen, or PATH.thaw, and to be merged.
+//!
+//! At the end the record goes first, since a record without a shadow refuses every
+//! start; then the marker, for the same reason; then the shadow, which is empty.
 
+use std::fmt;
 use std::time::{Duration, Instant};
 
 use shadow::{Commit, Geometry, Map, SECTOR, State};
@@ -76,9 +89,7 @@ pub(super) enum Stage {
     },
     Appearing,
     Frozen,
-    Sealing {
-        cut: bool,
-    },
+    Sealing,
     Thawing,
     Vanishing,
     /// No shadow: writes are not answered, until this time at the latest.
@@ -112,12 +123,25 @@ pub(super) struct Freezing {
     pub forgetting: Option<Commit>,
 }
 
-/// A thaw that waits for its moment.
+/// Why a thaw waits for its moment.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Thaw {
+    /// The operator ordered it.
     Ordered,
-    /// Nobody has: whoever copies the image must see that it moves.
-    Unasked,
+    /// The process is to stop, and merges first.
+    Stop,
+    /// The shadow can take no more.
+    Full,
+}
+
+impl fmt::Display for Thaw {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Thaw::Ordered => "thaw",
+            Thaw::Stop => "thaw before the stop",
+            Thaw::Full => "thaw of the full shadow, which nobody ordered",
+        })
+    }
 }
 
 impl Freezing {
@@ -141,7 +165,7 @@ impl Freezing {
         self.forgetting.is_some()
     }
 
-    pub fn name(&self) -> &str {
+    fn name(&self) -> &str {
         self.side.as_ref().map_or("", |side| &side.name)
     }
 }
@@ -152,6 +176,16 @@ impl Volume {
         let mut reserve = None;
         if let Some(left) = side.left.take() {
             self.cache.set_generation(left.generation);
+            let mib = (left.map.present() * left.geometry.chunk()) >> 20;
+            let goes_on = match left.state {
+                State::Freezing | State::Frozen => "frozen since before, until a thaw is ordered",
+                State::Thawing => "the thaw of before goes on",
+            };
+            log::warn!(
+                "{}: {}: {goes_on}: {mib} MiB to merge",
+                self.export(),
+                side.name
+            );
             match left.state {
                 State::Freezing | State::Frozen => {
                     self.freezing.stage = Stage::Frozen;
@@ -180,9 +214,7 @@ impl Volume {
             Stage::Running => Phase::Running,
             Stage::Creating { .. } | Stage::Freezing { .. } | Stage::Appearing => Phase::Freezing,
             Stage::Frozen if self.freezing.thaw.is_none() => Phase::Frozen,
-            Stage::Frozen | Stage::Sealing { .. } | Stage::Thawing | Stage::Vanishing => {
-                Phase::Thawing
-            }
+            Stage::Frozen | Stage::Sealing | Stage::Thawing | Stage::Vanishing => Phase::Thawing,
             Stage::Held { .. } => Phase::Held,
         }
     }
@@ -209,7 +241,10 @@ impl Volume {
         match decide(self.phase(), order, self.freezing.side.is_some())? {
             Begin::Freeze => self.begin_freeze(uuid),
             Begin::Hold => {
-                log::info!("freeze: no write is answered from now on (there is no -f)");
+                log::info!(
+                    "{}: freeze: no write is answered from now on (there is no -f)",
+                    self.export()
+                );
                 self.freezing.stage = Stage::Held {
                     until: now + self.options.hold_max,
                     drain: None,
@@ -217,7 +252,7 @@ impl Volume {
                 };
             }
             Begin::Withdraw => {
-                log::info!("thaw: the freeze is withdrawn");
+                log::info!("{}: thaw: the freeze is withdrawn", self.export());
                 self.freezing.thaw = Some(Thaw::Ordered);
             }
             Begin::Thaw => self.freezing.thaw = Some(Thaw::Ordered),
@@ -236,8 +271,13 @@ impl Volume {
         self.freezing.on_stop
     }
 
+    /// Export and shadow, as log lines begin.
+    pub(super) fn shadow(&self) -> String {
+        format!("{}: {}", self.export(), self.freezing.name())
+    }
+
     fn release(&mut self, why: &str) {
-        log::info!("{why}: writes are answered again");
+        log::info!("{}: {why}: writes are answered again", self.export());
         self.freezing.stage = Stage::Running;
     }
 
@@ -250,10 +290,18 @@ impl Volume {
             self.bounds.start,
             self.bounds.sectors * SECTOR,
         ) else {
-            log::error!("freeze: this image is too large for a shadow; nothing done");
+            log::error!(
+                "{}: {}: freeze: too large for a shadow; nothing done",
+                self.export(),
+                self.image()
+            );
             return;
         };
-        log::info!("freeze: making {}.new", self.freezing.name());
+        log::info!(
+            "{}: freeze: making {}.new",
+            self.export(),
+            self.freezing.name()
+        );
         self.freezing.stage = Stage::Creating {
             made: false,
             uuid,
@@ -279,25 +327,27 @@ impl Volume {
     pub(super) fn step_ended(&mut self, result: Result<(), DiskError>, now: Instant) {
         self.freezing.step = false;
         self.freezing.retry_at = None;
-        let failed = result.inspect_err(|e| log::error!("{e}")).is_err();
-        let name = self.freezing.name().to_owned();
+        let export = self.export();
+        let failed = result.inspect_err(|e| log::error!("{export}: {e}"));
+        let failed = failed.is_err();
+        let shadow = self.shadow();
         match &mut self.freezing.stage {
             Stage::Creating { made, .. } if !failed => *made = true,
             Stage::Creating { .. } => {
-                log::error!("freeze: not done, and nothing is changed");
+                log::error!("{shadow}: freeze not done, and nothing is changed");
                 self.freezing.stage = Stage::Running;
                 self.freezing.thaw = None;
             }
             Stage::Appearing if !failed => {
-                log::info!("frozen: {name} is there, and the image is still");
+                log::info!("{shadow}: frozen: the shadow is there, and the image is quiesced");
                 self.freezing.stage = Stage::Frozen;
             }
             Stage::Appearing => {
-                log::error!("freeze: withdrawn, since {name} cannot appear");
+                log::error!("{shadow}: the freeze is withdrawn, since the shadow cannot appear");
                 // It may have the name all the same.
-                self.freezing.stage = Stage::Sealing { cut: true };
+                self.freezing.stage = Stage::Sealing;
             }
-            Stage::Sealing { .. } if !failed => {
+            Stage::Sealing if !failed => {
                 // What went to the shadow and is not there for certain is the
                 // image's now, like all else.
                 self.cache.write_again(now);
@@ -306,7 +356,7 @@ impl Volume {
                 self.freezing.full = None;
             }
             Stage::Vanishing if !failed => {
-                log::info!("thawed: all is in the image, and {name} is gone");
+                log::info!("{shadow}: thawed: all is in the image, and the shadow is gone");
                 self.view = None;
                 self.merge = Merge::default();
                 self.cache.limit_dirty(self.freezing.dirty_max);
@@ -320,7 +370,7 @@ impl Volume {
             // that it matters.
             Stage::Frozen if failed => self.shadow_is_full(now, true),
             Stage::Frozen => {}
-            Stage::Sealing { .. } => {
+            Stage::Sealing => {
                 self.freezing.retry_at = Some(now + STEP_RETRY);
                 // Until then nothing is written back anywhere: hosts are told, as
                 // of any disk that fails, and a sync shows that it is over.
@@ -372,7 +422,7 @@ impl Volume {
                 if self.cache.is_synced(cut) || shadow::fault!("frozen-before-synced") {
                     self.cache.end_drain();
                     if self.freezing.thaw.is_some() {
-                        self.freezing.stage = Stage::Sealing { cut: false };
+                        self.freezing.stage = Stage::Sealing;
                     } else {
                         self.freezing.stage = Stage::Appearing;
                         self.submit_step(Step::Appear);
@@ -382,27 +432,29 @@ impl Volume {
             Stage::Appearing => {}
             Stage::Frozen => {
                 if self.freezing.full.is_some_and(|until| until <= now) {
-                    log::warn!("thaw: the shadow was full for too long");
-                    self.freezing.thaw.get_or_insert(Thaw::Unasked);
+                    let hold_max = self.options.hold_max.as_secs();
+                    log::warn!(
+                        "{}: full for too long (hold_max, {hold_max} s)",
+                        self.shadow()
+                    );
+                    self.freezing.thaw.get_or_insert(Thaw::Full);
                 }
                 // A step under way is none of the next stage's.
                 if let Some(thaw) = self.freezing.thaw.filter(|_| idle) {
-                    let cut = thaw == Thaw::Unasked;
-                    let why = if cut {
-                        "thaw, which nobody ordered"
-                    } else {
-                        "thaw"
-                    };
-                    log::info!("{why}: {} MiB to merge", self.unmerged_mib());
-                    self.freezing.stage = Stage::Sealing { cut };
+                    log::info!(
+                        "{}: {thaw}: {} MiB to merge",
+                        self.shadow(),
+                        self.unmerged_mib()
+                    );
+                    self.freezing.stage = Stage::Sealing;
                 }
             }
-            Stage::Sealing { cut } => {
+            Stage::Sealing => {
                 // What is under way to the shadow ends first.
                 let quiet =
                     self.writing == 0 && self.syncing.is_none() && !self.discarding.is_submitted();
                 if quiet && idle {
-                    self.submit_step(Step::Seal { cut });
+                    self.submit_step(Step::Seal);
                 }
             }
             Stage::Thawing => {
@@ -438,7 +490,7 @@ impl Volume {
                 };
                 let synced = drain.is_some_and(|epoch| self.cache.is_synced(epoch));
                 if synced && !still {
-                    log::info!("frozen: the image is still");
+                    log::info!("{}: frozen: {} is quiesced", self.export(), self.image());
                 }
                 self.freezing.stage = Stage::Held {
                     until,
@@ -472,7 +524,7 @@ impl Volume {
         if matches!(self.freezing.stage, Stage::Held { .. }) {
             self.release("stop");
         } else if self.freezing.on_stop == OnStop::Merge && self.phase() != Phase::Running {
-            self.freezing.thaw.get_or_insert(Thaw::Unasked);
+            self.freezing.thaw.get_or_insert(Thaw::Stop);
         }
     }
 
@@ -532,7 +584,7 @@ impl Volume {
     pub(super) fn destination(&self) -> Option<Destination> {
         match self.freezing.stage {
             Stage::Frozen => Some(Destination::Shadow),
-            Stage::Appearing | Stage::Sealing { .. } => None,
+            Stage::Appearing | Stage::Sealing => None,
             _ => Some(Destination::Image),
         }
     }

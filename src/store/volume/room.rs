@@ -68,7 +68,7 @@ impl Volume {
         if !frozen || self.freezing.thaw.is_some() || self.freezing.full.is_some() {
             return;
         }
-        let name = self.freezing.name();
+        let shadow = self.shadow();
         let why = if no_space {
             "its filesystem is full"
         } else {
@@ -76,11 +76,15 @@ impl Volume {
         };
         match self.options.shadow_full {
             WhenFull::Thaw => {
-                log::error!("shadow {name}: {why}; thawing");
-                self.freezing.thaw = Some(Thaw::Unasked);
+                log::error!("{shadow}: {why}; thawing");
+                self.freezing.thaw = Some(Thaw::Full);
             }
             WhenFull::Hold => {
-                log::error!("shadow {name}: {why}; no write is answered until a thaw");
+                log::error!(
+                    "{shadow}: {why}; no write is answered until a thaw, which comes by itself \
+                     after {} s",
+                    self.options.hold_max.as_secs()
+                );
                 self.freezing.full = Some(now + self.options.hold_max);
                 // For what is acknowledged and not there yet.
                 if no_space && !self.freezing.step {

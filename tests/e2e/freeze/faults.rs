@@ -43,25 +43,25 @@ fn until_dead_or(target: &mut Process, what: &str, mut done: impl FnMut() -> boo
 }
 
 /// A whole freeze, in which the n-th of these calls is the target's last; says
-/// whether it was.
-fn die_at(call: &str, n: u32) -> bool {
-    println!("{call} {n}");
+/// whether it was. `others` changes other calls.
+fn die_at(call: &str, n: u32, others: &[&str]) -> bool {
+    println!("{call} {n} {others:?}");
     let bed = Bed::with(1500, 256);
     let quiet = ["--set", "idle_flush=600000"];
     let options = [&THREADS[..], &quiet].concat();
     let mut target = bed.start(&options);
     let mut client = hasty(&bed);
     client.write_many(0, &data(1, 40)).unwrap();
-    let trace = format!("trace={call}");
+    let trace = format!("trace={call},renameat2");
     let deadly = format!("inject={call}:signal=SIGKILL:when={n}");
-    let strace = trouble(&target, &[&trace, &deadly]);
+    let strace = trouble(&target, &[&[&*trace, &*deadly], others].concat());
     let _ = try_order(&target, 1);
     until_dead_or(&mut target, "the shadow appears", || bed.shadow().exists());
     let frozen = bed.shadow().exists();
     if frozen {
         assert!(bed.image()[..40 * 512] == data(1, 40));
     }
-    let still = bed.image();
+    let (still, inode) = (bed.image(), bed.inode());
     let acknowledged = client.write_many(20, &data(2, 40)).is_ok();
     let _ = client.flush();
     let mut ordered = false;
@@ -84,7 +84,8 @@ fn die_at(call: &str, n: u32) -> bool {
             assert!(bed.shadow().exists() && bed.image() == still);
         }
         target = bed.start(&options);
-        if frozen && !ordered {
+        // Ordered or not.
+        if frozen && bed.inode() == inode {
             assert!(bed.image() == still, "the image moves while it is frozen");
         }
     }
@@ -110,12 +111,12 @@ fn die_at(call: &str, n: u32) -> bool {
 
 /// Dies at the first of these calls, the second, and so on until there is none
 /// more.
-fn die_at_each(call: &str) {
+fn die_at_each(call: &str, others: &[&str]) {
     if !lab::require("deaths at each call", &TRACED) {
         return;
     }
     const MOST: u32 = 30;
-    let deaths = (1..MOST).take_while(|n| die_at(call, *n)).count();
+    let deaths = (1..MOST).take_while(|n| die_at(call, *n, others)).count();
     println!("{deaths} deaths at {call}");
     assert!((1..MOST as usize - 1).contains(&deaths));
 }
@@ -131,14 +132,23 @@ fn dying_at_any_name_or_length_loses_nothing() {
         "fallocate",
         "fsync",
     ] {
-        die_at_each(call);
+        die_at_each(call, &[]);
     }
 }
 
 #[test]
 fn dying_at_any_write_or_sync_loses_nothing() {
     for call in ["pwrite64", "fdatasync", "pwritev"] {
-        die_at_each(call);
+        die_at_each(call, &[]);
+    }
+}
+
+/// A filesystem that knows neither RENAME_EXCHANGE nor RENAME_NOREPLACE.
+#[test]
+fn dying_at_any_name_without_an_exchange_loses_nothing() {
+    let others = ["inject=renameat2:error=EINVAL"];
+    for call in ["linkat", "unlink", "fsync"] {
+        die_at_each(call, &others);
     }
 }
 
@@ -184,6 +194,7 @@ fn a_phase_goes_on_when_its_disk_does() {
         ("thawing", "pread64:error=EIO", "error"),
         ("thawing", "pwritev:error=EIO", "error"),
         ("thawing", "/^unlink:error=EIO", "error"),
+        ("thawing", "renameat2:error=EIO", "error"),
     ];
     for (phase, fault, says) in cases {
         println!("{phase}: {fault}");

@@ -1,13 +1,13 @@
 //! A shadow that can take no more: at its limit, on a filesystem that is full.
 
 use std::io::Write;
-use std::os::unix::fs::MetadataExt;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 
 use initiator::engine::model::Initial;
 use initiator::engine::{Block, Engine, Op, Plan};
 use initiator::frame::Frame;
+use shadow::paths;
 
 use super::*;
 use crate::faults::Memory;
@@ -22,7 +22,7 @@ const SMALL_CACHE: [&str; 2] = ["--set", "cache_size=1M"];
 /// What the shadow took at most of its disk, looked at again and again.
 struct Watched {
     most: AtomicU64,
-    cut: AtomicBool,
+    thawing: AtomicBool,
     over: AtomicBool,
 }
 
@@ -32,8 +32,10 @@ impl Watched {
             if let Ok(metadata) = fs::metadata(&path) {
                 self.most
                     .fetch_max(metadata.blocks() * 512, Ordering::Relaxed);
-                let is_cut = path.to_string_lossy().ends_with(".cut");
-                self.cut.fetch_or(is_cut, Ordering::Relaxed);
+            }
+            // The marker is at PATH.
+            if paths::read_marker(&bed.shadow()).is_ok_and(|uuid| uuid.is_some()) {
+                self.thawing.store(true, Ordering::Relaxed);
             }
         }
     }
@@ -42,7 +44,7 @@ impl Watched {
     fn during(bed: &Bed, work: impl FnOnce()) -> (u64, bool) {
         let watched = Watched {
             most: AtomicU64::new(0),
-            cut: AtomicBool::new(false),
+            thawing: AtomicBool::new(false),
             over: AtomicBool::new(false),
         };
         thread::scope(|scope| {
@@ -57,7 +59,7 @@ impl Watched {
         });
         (
             watched.most.load(Ordering::Relaxed),
-            watched.cut.load(Ordering::Relaxed),
+            watched.thawing.load(Ordering::Relaxed),
         )
     }
 }
@@ -112,7 +114,7 @@ fn at_its_limit_a_shadow_is_merged_and_never_larger() {
         let limited = format!("{},1", bed.shadow().display());
         let target = bed.start_with(&[&["-f", &limited][..], extra].concat());
         let mut engine = Engine::new(bed.client()).unwrap();
-        let (most, cut) = Watched::during(&bed, || {
+        let (most, thawing) = Watched::during(&bed, || {
             bed.freeze(&target);
             let deadline = soon();
             let report = engine.run_until(&writes(), || {
@@ -122,7 +124,7 @@ fn at_its_limit_a_shadow_is_merged_and_never_larger() {
             println!("{}", report.unwrap().clean().unwrap());
         });
         assert!(said(&target, "reached its limit; thawing"));
-        assert!(cut, "PATH.cut was not seen");
+        assert!(thawing, "PATH was not seen as the marker");
         println!("{most} bytes of {LIMIT}");
         assert!(most <= LIMIT, "{most} bytes of {LIMIT}");
         assert!(most > LIMIT / 4, "{most} bytes are far below {LIMIT}");
@@ -321,11 +323,11 @@ fn a_thaw_waits_for_the_step_before_it() {
     let hold = ["--set", "shadow_full=hold", "--set", "hold_max=1"];
     let mut target = bed.start(&[&SMALL_CACHE[..], &hold].concat());
     bed.freeze(&target);
-    let still = bed.image();
+    let (still, frozen) = (bed.image(), bed.inode());
     fill_up(&disk);
     let slow = "inject=ftruncate:delay_enter=2500000";
     let strace = trouble(&target, &["trace=ftruncate", slow]);
-    let (_, cut) = Watched::during(&bed, || {
+    let (_, thawing) = Watched::during(&bed, || {
         let mut client = bed.client();
         for n in 0..40 {
             client.write_many(n * 100, &data(n as u8, 2)).unwrap();
@@ -334,12 +336,12 @@ fn a_thaw_waits_for_the_step_before_it() {
         until("the shadow vanishes", || {
             // Looked at first: the name may go while the image is read.
             let image = bed.image();
-            assert!(!bed.shadow().exists() || image == still);
+            assert!(bed.inode() != frozen || image == still);
             bed.shadows().is_empty()
         });
     });
     drop(strace);
-    assert!(cut, "PATH.cut was not seen");
+    assert!(thawing, "PATH was not seen as the marker");
     stop(target);
     let image = bed.image();
     for n in 0..40 {

@@ -169,6 +169,90 @@ fn while_it_thaws_orders_are_refused_and_a_hup_keeps_the_size() {
     assert!(bed.image()[..700 * 512] == data(1, 700));
 }
 
+/// A copy is good if PATH is the same inode before and after it: the order of a
+/// second party, a stop or a limit must not move the image under that inode.
+#[test]
+fn path_is_another_inode_before_the_image_changes_whoever_thaws() {
+    if !lab::require("what proves a copy", &TRACED) {
+        return;
+    }
+    for (who, exchanges) in [
+        ("an order", true),
+        ("an order", false),
+        ("a stop", true),
+        ("a stop", false),
+        ("the limit", true),
+    ] {
+        println!("thawed by {who}, exchange: {exchanges}");
+        let bed = Bed::with(9000, 32_768);
+        let limited = format!("{},1", bed.shadow().display());
+        let path = if who == "the limit" {
+            limited
+        } else {
+            bed.shadow().display().to_string()
+        };
+        let mut target = bed.start_with(&[&THREADS[..], &["-f", &path]].concat());
+        bed.freeze(&target);
+        let (still, frozen) = (bed.image(), bed.inode());
+        // Every sync is slow enough to be looked at, and the names with it.
+        let slow = "inject=fsync,fdatasync:delay_exit=50000";
+        let mut expressions = vec!["trace=fsync,fdatasync,renameat2", slow];
+        if !exchanges {
+            expressions.push("inject=renameat2:error=EINVAL");
+        }
+        let strace = trouble(&target, &expressions);
+        let write = || {
+            let mut client = bed.client();
+            for n in 0..60 {
+                client.write_many(n * 50, &data(n as u8, 40)).unwrap();
+            }
+            // What is in the cache alone is no part of the merge.
+            client.flush().unwrap();
+        };
+        let (mut changed, mut marked) = (false, false);
+        let mut look = || {
+            let before = bed.inode();
+            let image = bed.image();
+            let after = bed.inode();
+            if before == frozen && after == frozen {
+                assert!(image == still, "the image changes under the same inode");
+            }
+            changed |= image != still;
+            let there = before.is_some() && after.is_some();
+            marked |= changed && there && before != frozen;
+            let whole = (0..60).all(|n| image[n * 25_600..][..20_480] == data(n as u8, 40));
+            let between = !exchanges && image == still;
+            assert!(
+                before.is_some() || whole || between || who == "the limit",
+                "PATH is gone before all is merged"
+            );
+            bed.shadows().is_empty()
+        };
+        thread::scope(|scope| {
+            let writer = scope.spawn(write);
+            if who == "the limit" {
+                until("the end of the writes", || look() && writer.is_finished());
+                return;
+            }
+            writer.join().unwrap();
+            match who {
+                "a stop" => target.signal(Signal::SIGTERM).unwrap(),
+                _ => order(&target, 2),
+            }
+            until("the shadow vanishes", &mut look);
+        });
+        assert!(marked, "PATH was not there while the image changed");
+        drop(strace);
+        if who == "a stop" {
+            let status = target.wait(Deadline::seconds(20)).unwrap();
+            assert!(status.success(), "{:?}", target.output());
+        } else {
+            stop(target);
+        }
+        bed.nothing_left();
+    }
+}
+
 #[test]
 fn a_second_stop_keeps_the_shadow_and_a_third_ends_it_at_once() {
     if !lab::require("stops while thawing", &TRACED) {
@@ -182,12 +266,14 @@ fn a_second_stop_keeps_the_shadow_and_a_third_ends_it_at_once() {
         bed.freeze(&target);
         client.write_many(50, &data(2, 800)).unwrap();
         client.flush().unwrap();
-        let still = bed.image();
+        let (still, frozen) = (bed.image(), bed.inode());
         let delay = if signals == 2 { 300_000 } else { 2_000_000 };
         let inject = format!("inject=fdatasync:delay_enter={delay}");
         let strace = trouble(&target, &["trace=fdatasync", &inject]);
         target.signal(Signal::SIGTERM).unwrap();
-        target.wait_for_line("to merge", soon()).unwrap();
+        let line = "e1.1: ".to_owned() + bed.shadow().to_str().unwrap();
+        let line = line + ": thaw before the stop: ";
+        target.wait_for_line(&line, soon()).unwrap();
         target.signal(Signal::SIGTERM).unwrap();
         target.wait_for_line("is kept", soon()).unwrap();
         if signals == 3 {
@@ -202,8 +288,8 @@ fn a_second_stop_keeps_the_shadow_and_a_third_ends_it_at_once() {
             "{said}"
         );
         assert!(!bed.shadows().is_empty(), "{said}");
-        // Nobody ordered a thaw, so nobody may take the image for still.
-        assert!(!bed.shadow().exists() || bed.image() == still);
+        // Nobody may take the image for quiesced.
+        assert!(bed.inode() != frozen || bed.image() == still);
         let target = bed.start(&[]);
         assert!(bed.seen()[50 * 512..850 * 512] == data(2, 800));
         until("the shadow vanishes", || {
@@ -293,7 +379,7 @@ fn held_writes_go_through_after_a_thaw_or_after_hold_max() {
         let mut client = bed.client();
         client.write_many(0, &data(1, 64)).unwrap();
         order(&target, 1);
-        target.wait_for_line("the image is still", soon()).unwrap();
+        target.wait_for_line("is quiesced", soon()).unwrap();
         if end != "hold_max" {
             client
                 .expect_silence(&Frame::write(0, &data(2, 2)), SOON)
@@ -378,7 +464,7 @@ fn without_a_shadow_nothing_moves_once_the_image_is_still() {
             });
             thread::sleep(Duration::from_millis(50));
             order(&target, 1);
-            target.wait_for_line("the image is still", soon()).unwrap();
+            target.wait_for_line("is quiesced", soon()).unwrap();
             let image = bed.image();
             // Whatever is on its way has come after this.
             bed.client().flush().unwrap();

@@ -2,6 +2,8 @@
 
 use std::process::Command;
 
+use shadow::{Identity, MemoryFile, Shadow, State, header_page, paths};
+
 use super::*;
 use crate::support::AOEDE;
 use crate::workshop::{Ended, run};
@@ -48,7 +50,7 @@ fn a_path_that_is_something_else_is_refused_and_left_alone() {
     let shadow = path.display().to_string();
     let image = bed.store.image().display().to_string();
     let given = ["-f", &shadow];
-    for name in ["", ".new", ".cut"] {
+    for name in ["", ".new", ".thaw", ".cut"] {
         let place = PathBuf::from(format!("{shadow}{name}"));
         for text in ["", "a letter to my aunt\n", &"x".repeat(100_000)] {
             fs::write(&place, text).unwrap();
@@ -98,7 +100,7 @@ fn the_shadow_of_another_image_is_refused_and_left_alone() {
     leave(&other, &[]);
     let copy = |from: PathBuf, to: PathBuf| fs::copy(from, to).unwrap();
     let shadow = bed.shadow().display().to_string();
-    for name in ["", ".new", ".cut"] {
+    for name in ["", ".new", ".thaw", ".cut"] {
         let place = PathBuf::from(format!("{shadow}{name}"));
         copy(other.shadow(), place.clone());
         let said = untouched(&bed, &["-f", &shadow]);
@@ -258,6 +260,12 @@ fn the_tool_keeps_away_from_a_running_target_and_merges_after_it() {
     client.write_many(16, &data(1, 8)).unwrap();
     client.flush().unwrap();
     let still = bed.image();
+    let ended = tool(&["inspect", shadow]);
+    assert_eq!(ended.code, Some(0), "{ended:?}");
+    let user = format!("in use:     by process {}; ", target.pid());
+    assert!(ended.out.contains(&user), "{ended:?}");
+    assert!(ended.out.contains("state:      frozen\n"), "{ended:?}");
+    assert!(ended.out.contains("4.0 KiB (4096 bytes)\n"), "{ended:?}");
     for extra in [&[][..], &["--dry-run"]] {
         let ended = merge(extra);
         assert_eq!(ended.code, Some(1), "{ended:?}");
@@ -288,4 +296,128 @@ fn the_tool_keeps_away_from_a_running_target_and_merges_after_it() {
     let target = bed.start(&[]);
     assert_eq!(bed.client().read_many(20, 8).unwrap(), data(2, 8));
     stop(target);
+}
+
+/// Lays the shadow of the crate's test vector, which 0.1.0 made, beside the
+/// image of a bed, as one of that image; the image's sector i is full of i + 1.
+fn left_by_0_1_0(bed: &Bed, name: &str, state: State) -> Vec<u8> {
+    let vector = include_str!("../../../shadow/tests/vectors/version-1.hex");
+    let lines = vector.lines().filter(|line| !line.starts_with('#'));
+    let (mut image, mut file) = (0, Vec::new());
+    for line in lines {
+        let words: Vec<_> = line.split_whitespace().collect();
+        let number = |word: &str| word.parse::<usize>().unwrap();
+        match words[..] {
+            ["image", n] => image = number(n),
+            ["length", n] => file.resize(number(n), 0),
+            [at, hex] | [at, hex, "*", _] => {
+                let count = words.get(3).map_or(1, |n| number(n));
+                let digits = |i| u8::from_str_radix(&hex[2 * i..2 * i + 2], 16).unwrap();
+                let piece: Vec<u8> = (0..hex.len() / 2).map(digits).collect();
+                let piece = piece.repeat(count);
+                file[number(at)..][..piece.len()].copy_from_slice(&piece);
+            }
+            _ => panic!("line '{line}'"),
+        }
+    }
+    let bytes: Vec<u8> = (0..image).map(|i| (i / 512 + 1) as u8).collect();
+    fs::write(bed.store.image(), &bytes).unwrap();
+    let mut spec = *Shadow::open(MemoryFile::new(file.clone()), file.len() as u64)
+        .unwrap()
+        .spec();
+    spec.identity = Identity::of(&fs::File::open(bed.store.image()).unwrap()).unwrap();
+    for (sequence, state) in [(1, State::Freezing), (2, state)] {
+        let page = header_page(&spec, state, sequence);
+        file[page.offset as usize..][..page.bytes.len()].copy_from_slice(&page.bytes);
+    }
+    fs::write(bed.place().join(name), file).unwrap();
+    // What the window shows with the shadow over the image.
+    let mut expected = bytes;
+    expected[2048..2560].fill(0xA1);
+    expected[8192..12288].fill(0xA2);
+    expected[12288..24576].fill(0);
+    expected[32000..32768].fill(0xA3);
+    expected
+}
+
+#[test]
+fn a_shadow_that_0_1_0_left_is_taken_up_in_each_phase() {
+    if !lab::require("shadows of 0.1.0", &[Need::Network]) {
+        return;
+    }
+    for (name, state, frozen) in [
+        ("shadow.img.new", State::Freezing, true),
+        ("shadow.img", State::Freezing, true),
+        ("shadow.img", State::Thawing, false),
+        ("shadow.img.cut", State::Freezing, false),
+        ("shadow.img.cut", State::Thawing, false),
+    ] {
+        println!("{name}, {state:?}");
+        let bed = Bed::with(1500, 64);
+        let expected = left_by_0_1_0(&bed, name, state);
+        let image = bed.image();
+        let window = ["-o", "3", "-l", "61", "--set", "idle_flush=600000"];
+        let mut target = bed.start(&window);
+        let says = if frozen {
+            "frozen since before, until a thaw is ordered: 0 MiB to merge"
+        } else {
+            "the thaw of before goes on: 0 MiB to merge"
+        };
+        let line = format!("e1.1: {}: {says}", bed.shadow().display());
+        assert!(target.output().iter().any(|said| said.ends_with(&line)));
+        let seen = |bed: &Bed| bed.client().read_many(0, 61).unwrap();
+        assert!(seen(&bed) == expected[1536..1536 + 61 * 512]);
+        if frozen {
+            assert!(bed.image() == image, "it moves while it is frozen");
+            let inode = bed.inode();
+            bed.client().write_many(60, &data(1, 1)).unwrap();
+            // The names are what this version makes of them.
+            target.kill().unwrap();
+            target = bed.start(&window);
+            assert_eq!(bed.inode(), inode);
+            assert!(bed.image() == image, "it moves while it is frozen");
+            bed.client()
+                .write_many(60, &expected[32256..32768])
+                .unwrap();
+            bed.thaw(&target);
+        } else {
+            until("the shadow vanishes", || bed.shadows().is_empty());
+        }
+        assert!(seen(&bed) == expected[1536..1536 + 61 * 512]);
+        bed.nothing_left();
+        stop(target);
+        assert!(bed.image() == expected);
+    }
+}
+
+#[test]
+fn a_marker_without_its_shadow_is_refused_and_can_be_given_up() {
+    if !lab::require("a marker without its shadow", &[Need::Network]) {
+        return;
+    }
+    let bed = Bed::with(1500, 64);
+    let path = bed.shadow().display().to_string();
+    for name in ["shadow.img", "shadow.img.thaw"] {
+        let place = bed.place().join(name);
+        paths::make_marker(&place, &[1; 16]).unwrap();
+        let said = untouched(&bed, &["-f", &path]);
+        assert!(said.contains("is the marker of shadow"), "{said}");
+        assert!(said.contains("--discard-shadow"), "{said}");
+        stop(bed.start(&["--discard-shadow"]));
+        bed.nothing_left();
+    }
+    // The marker of another shadow, beside ours.
+    leave(&bed, &[]);
+    let thaw = bed.place().join("shadow.img.thaw");
+    let uuid = paths::read_marker(&thaw).unwrap().unwrap();
+    fs::remove_file(&thaw).unwrap();
+    paths::make_marker(&thaw, &[1; 16]).unwrap();
+    let said = untouched(&bed, &["-f", &path]);
+    assert!(said.contains("shadow.img.thaw"), "{said}");
+    paths::remove_marker(&thaw, &[1; 16]).unwrap();
+    paths::make_marker(&thaw, &uuid).unwrap();
+    let target = bed.start(&[]);
+    bed.thaw(&target);
+    stop(target);
+    assert!(bed.image()[20 * 512..28 * 512] == data(2, 8));
 }

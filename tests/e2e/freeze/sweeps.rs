@@ -11,6 +11,7 @@ use initiator::engine::rng::Rng;
 use initiator::engine::{Block, Engine, Op, Plan};
 use nix::sys::signal::kill;
 use nix::unistd::Pid;
+use shadow::paths;
 
 use super::*;
 use crate::workshop::{Load, Temper, Written, generation};
@@ -86,30 +87,28 @@ fn each_copy_is_the_image_of_one_instant() {
     }
 }
 
-/// What was seen of the image while PATH was there and no thaw was ordered.
+/// What was seen of the image while PATH was one inode.
 #[derive(Default)]
 struct Watch {
-    still: Option<Vec<u8>>,
-    /// A thaw was ordered, which may have been heard or not.
-    ordered: bool,
+    still: Option<(u64, Vec<u8>)>,
     frozen: u32,
 }
 
 impl Watch {
     fn look(&mut self, bed: &Bed) {
-        if !bed.shadow().exists() {
-            *self = Watch {
-                frozen: self.frozen,
-                ..Watch::default()
-            };
+        let before = bed.inode();
+        let image = bed.image();
+        let Some(inode) = before.filter(|_| bed.inode() == before) else {
+            self.still = None;
             return;
-        }
-        if self.ordered {
+        };
+        if paths::read_marker(&bed.shadow()).unwrap().is_some() {
+            self.still = None;
             return;
         }
         self.frozen += 1;
-        let image = bed.image();
-        let still = self.still.get_or_insert_with(|| image.clone());
+        self.still.take_if(|(known, _)| *known != inode);
+        let (_, still) = self.still.get_or_insert_with(|| (inode, image.clone()));
         assert!(*still == image, "the image moves while it is frozen");
     }
 }
@@ -135,7 +134,6 @@ impl Sweep {
             6 => 1,
             _ => 0,
         };
-        self.watch.ordered |= order == 2;
         let dead = AtomicBool::new(false);
         let report = thread::scope(|scope| {
             scope.spawn(|| {

@@ -1,20 +1,78 @@
 //! `inspect` and `check`.
 
 use std::fmt::Write;
+use std::fs::{self, Metadata};
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::process::ExitCode;
+use std::time::Duration;
 
-use shadow::paths::{self, Access, PathError, Trouble as PathTrouble};
-use shadow::{Chunk, Identity, Kind, Map, Shadow, ShadowFile, VERSION};
+use shadow::paths::{self, Access, PathError, Peek, Trouble as PathTrouble};
+use shadow::{Chunk, Found, Identity, Kind, Map, Shadow, ShadowFile, VERSION};
 
 use crate::image::Image;
 use crate::{Trouble, human, say};
 
-/// Opens a shadow to look at it.
-fn open(path: &Path) -> Result<(Shadow<ShadowFile>, u64), Trouble> {
-    let (file, len) = paths::lock(path, Access::Look)?;
-    let shadow = Shadow::open(file, len).map_err(|e| damaged(path, e))?;
-    Ok((shadow, len))
+/// How often a shadow is read that its target is writing, before what looks
+/// damaged is taken for damaged.
+const TRIES: usize = 5;
+const RETRY: Duration = Duration::from_millis(20);
+
+/// Opens a shadow to look at it, also while a target has it.
+fn open(path: &Path) -> Result<Opened, Trouble> {
+    let mut tries = TRIES;
+    loop {
+        let (file, len, user) = match paths::peek(path)? {
+            Peek::Ours(file, len) => (file, len, None),
+            Peek::InUse(file, len) => {
+                let pid = file.metadata().ok().and_then(|of| user_of(&of));
+                (file, len, Some(User { pid }))
+            }
+        };
+        match Shadow::open(file, len) {
+            Ok(shadow) => return Ok(Opened { shadow, len, user }),
+            Err(e) => {
+                tries -= 1;
+                if user.is_none() || tries == 0 {
+                    return Err(damaged(path, e));
+                }
+            }
+        }
+        std::thread::sleep(RETRY);
+    }
+}
+
+/// A shadow that is open to be read.
+struct Opened {
+    shadow: Shadow<ShadowFile>,
+    len: u64,
+    /// Who has it locked.
+    user: Option<User>,
+}
+
+/// A process that has a shadow locked.
+struct User {
+    /// Its process id, if /proc tells.
+    pid: Option<u32>,
+}
+
+/// Returns the process that has this file open.
+fn user_of(of: &Metadata) -> Option<u32> {
+    let ours = std::process::id();
+    for process in fs::read_dir("/proc").ok()?.flatten() {
+        let name = process.file_name();
+        let Some(pid) = name.to_str().and_then(|name| name.parse().ok()) else {
+            continue;
+        };
+        let open = fs::read_dir(process.path().join("fd")).into_iter();
+        for fd in open.flatten().flatten().filter(|_| pid != ours) {
+            let there = fs::metadata(fd.path());
+            if there.is_ok_and(|there| (there.dev(), there.ino()) == (of.dev(), of.ino())) {
+                return Some(pid);
+            }
+        }
+    }
+    None
 }
 
 fn damaged(path: &Path, e: shadow::OpenError) -> Trouble {
@@ -45,7 +103,8 @@ pub fn bytes(map: &Map, state: Chunk) -> u64 {
 
 /// Says what a shadow is.
 pub fn inspect(path: &Path, json: bool) -> Result<ExitCode, Trouble> {
-    let (shadow, len) = open(path)?;
+    let path = &paths::behind_marker(path)?;
+    let Opened { shadow, len, user } = open(path)?;
     let allocated = shadow.file().allocated().map_err(|e| PathError {
         path: path.to_owned(),
         why: PathTrouble::System("measuring it", e),
@@ -55,6 +114,7 @@ pub fn inspect(path: &Path, json: bool) -> Result<ExitCode, Trouble> {
         shadow: &shadow,
         len,
         allocated,
+        user,
     };
     say(&if json { facts.json() } else { facts.text() });
     Ok(ExitCode::SUCCESS)
@@ -65,9 +125,15 @@ struct Facts<'a> {
     shadow: &'a Shadow<ShadowFile>,
     len: u64,
     allocated: u64,
+    user: Option<User>,
 }
 
 impl Facts<'_> {
+    /// The state of the freeze: the name changes before the header does.
+    fn state(&self) -> &'static str {
+        Found::of(self.path).state(self.shadow.state()).name()
+    }
+
     fn text(&self) -> String {
         let (spec, map) = (self.shadow.spec(), self.shadow.map());
         let geometry = spec.geometry;
@@ -77,7 +143,7 @@ impl Facts<'_> {
         };
         let lines = [
             ("shadow", self.path.display().to_string()),
-            ("state", self.shadow.state().name().to_owned()),
+            ("state", self.state().to_owned()),
             ("format", VERSION.to_string()),
             ("generation", spec.generation.to_string()),
             ("uuid", uuid(&spec.uuid)),
@@ -98,6 +164,12 @@ impl Facts<'_> {
                 format!("{} bytes, {} of them on the disk", self.len, self.allocated),
             ),
         ];
+        let mut lines = Vec::from(lines);
+        if let Some(User { pid }) = self.user {
+            let by = pid.map_or("a process".to_owned(), |pid| format!("process {pid}"));
+            let value = format!("by {by}; the figures may be a moment old");
+            lines.insert(2, ("in use", value));
+        }
         let lines: Vec<_> = lines
             .iter()
             .map(|(name, value)| format!("{:<12}{value}", format!("{name}:")))
@@ -112,10 +184,16 @@ impl Facts<'_> {
             Kind::File => "file",
             Kind::Device => "device",
         };
+        let pid = self.user.as_ref().and_then(|user| user.pid);
         // Numbers that may pass 2^53 are text, so that no reader rounds them.
         let lines = [
             ("shadow", string(&self.path.to_string_lossy())),
-            ("state", string(self.shadow.state().name())),
+            ("state", string(self.state())),
+            ("in_use", self.user.is_some().to_string()),
+            (
+                "in_use_by",
+                pid.map_or("null".to_owned(), |pid| pid.to_string()),
+            ),
             ("format", VERSION.to_string()),
             ("generation", string(&spec.generation.to_string())),
             ("uuid", string(&uuid(&spec.uuid))),
@@ -193,6 +271,7 @@ fn string(text: &str) -> String {
 
 /// Looks at both copies of everything.
 pub fn check(path: &Path, image: Option<&Path>) -> Result<ExitCode, Trouble> {
+    let path = &paths::behind_marker(path)?;
     let (file, len) = paths::lock(path, Access::Look)?;
     let report = shadow::check(&file, len).map_err(|e| damaged(path, e))?;
     for finding in &report.findings {

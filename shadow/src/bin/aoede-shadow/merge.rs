@@ -2,7 +2,7 @@
 
 use std::fmt;
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use shadow::paths::{self, Access, Found, PathError, Paths, Trouble as PathTrouble};
@@ -65,17 +65,18 @@ pub fn merge(args: &Args) -> Result<ExitCode, Trouble> {
     } else {
         Access::Change
     };
+    let path = paths::behind_marker(&args.shadow)?;
     let step = |what| {
-        let path = args.shadow.clone();
+        let path = path.clone();
         move |e| PathError {
             path,
             why: PathTrouble::System(what, e),
         }
     };
-    let (file, len) = paths::lock(&args.shadow, access)?;
+    let (file, len) = paths::lock(&path, access)?;
     let metadata = file.metadata().map_err(step("looking at it"))?;
     let shadow = Shadow::open(file, len).map_err(|e| PathError {
-        path: args.shadow.clone(),
+        path: path.clone(),
         why: PathTrouble::Open(e),
     })?;
     let spec = *shadow.spec();
@@ -89,7 +90,7 @@ pub fn merge(args: &Args) -> Result<ExitCode, Trouble> {
         "{} of data and {} of zeros from {} into {}",
         human(data),
         human(zeros),
-        args.shadow.display(),
+        path.display(),
         args.image.display()
     );
     if args.dry_run {
@@ -98,47 +99,45 @@ pub fn merge(args: &Args) -> Result<ExitCode, Trouble> {
     }
     let mut work = Work {
         shadow,
-        path: args.shadow.clone(),
+        paths: Paths::of(&Found::plain(&path)),
     };
-    work.cut()?;
+    work.begin(&path)?;
     let mut bar = Bar::new(data + zeros);
     let merged = work.run(&image, &mut bar);
     drop(bar);
     merged.map_err(|why| MergeError {
-        shadow: work.path.clone(),
+        shadow: work.paths.shadow.clone(),
         image: args.image.clone(),
         why,
     })?;
     // The record first: one that names a shadow which is not there stands for
     // writes that are lost.
-    records::forget_shadow(&args.state_dir, &work.path)?;
-    paths::remove(&work.path).map_err(step("removing it"))?;
+    records::forget_shadow(&args.state_dir, &path)?;
+    let vanished = paths::vanish(&work.paths, work.shadow.file(), &spec.uuid);
+    vanished.map_err(step("removing it"))?;
     say(&format!("merged {amount}; the shadow is removed"));
     Ok(ExitCode::SUCCESS)
 }
 
 struct Work {
     shadow: Shadow<ShadowFile>,
-    path: PathBuf,
+    paths: Paths,
 }
 
 impl Work {
-    /// The name PATH says that the image is still, to backups that are being
-    /// made now; so it goes before the image is touched. In a thaw that was
-    /// ordered it stays until all is merged.
-    fn cut(&mut self) -> Result<(), PathError> {
-        let is_plain = Found::of(&self.path) == Found::Plain;
-        if !is_plain || self.shadow.state() == State::Thawing {
+    /// Makes PATH another inode before the image is touched: backups that are
+    /// being made now see by it that their copy is no good.
+    fn begin(&mut self, path: &Path) -> Result<(), PathError> {
+        if Found::of(path) == Found::New {
             return Ok(());
         }
-        let cut = Paths::of(&self.path).cut;
-        let renamed = paths::rename(&self.path, &cut);
-        renamed.map_err(|e| PathError {
-            path: self.path.clone(),
-            why: PathTrouble::System("renaming it to .cut", e),
-        })?;
-        self.path = cut;
-        Ok(())
+        let uuid = self.shadow.spec().uuid;
+        let begun = paths::begin_thaw(&self.paths, self.shadow.file(), &uuid);
+        // Without a marker PATH is absent, or someone else's file.
+        begun.map(drop).map_err(|e| PathError {
+            path: path.to_owned(),
+            why: PathTrouble::System("renaming it to .thaw", e),
+        })
     }
 
     fn run(&mut self, image: &Image, bar: &mut Bar) -> io::Result<()> {

@@ -4,7 +4,7 @@
 use super::*;
 use crate::store::arena::OldArena;
 use crate::store::disk::{Origin, Part, Step};
-use crate::store::shadow::replay;
+use crate::store::shadow::{replay, seal};
 use shadow::{Geometry, Identity, Kind, MemoryFile, Shadow, Spec, State, header_page};
 
 /// Which name the shadow has.
@@ -13,7 +13,7 @@ pub enum Name {
     None,
     New,
     Plain,
-    Cut,
+    Thaw,
 }
 
 /// Image and shadow.
@@ -129,9 +129,9 @@ impl Backing for Pair {
                 assert_eq!(held.name, Name::New);
                 held.name = Name::Plain;
             }
-            Step::Seal { cut } => {
-                if *cut && held.name == Name::Plain {
-                    held.name = Name::Cut;
+            Step::Seal => {
+                if held.name == Name::Plain {
+                    held.name = Name::Thaw;
                 }
                 self.header(&mut held, State::Thawing);
             }
@@ -213,15 +213,11 @@ impl World {
             .then(|| Shadow::open(MemoryFile::new(file), len).expect("the shadow opens"));
         if arena {
             let old = OldArena::open(&self.dir.path().join("arena")).unwrap();
+            if let Some(shadow) = shadow.as_mut().filter(|_| held.name == Name::Thaw) {
+                seal(shadow).unwrap();
+            }
             old.replay(|generation, at, bytes| match &mut shadow {
-                Some(shadow) => replay(
-                    shadow,
-                    held.name == Name::Cut,
-                    &image,
-                    generation,
-                    at,
-                    bytes,
-                ),
+                Some(shadow) => replay(shadow, &image, generation, at, bytes),
                 None => image.write_at(bytes, at),
             })
             .unwrap();
@@ -278,7 +274,7 @@ impl World {
                 pending: Vec::new(),
             };
             (held.state, held.sequence) = (state, sequence);
-            if held.name == Name::Cut {
+            if held.name == Name::Thaw {
                 self.pair.header(&mut held, State::Thawing);
             }
             if held.name == Name::New && held.state != State::Thawing {
