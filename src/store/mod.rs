@@ -12,6 +12,7 @@ mod align;
 mod arena;
 mod cache;
 mod disk;
+mod fair;
 mod image;
 mod inline;
 mod pool;
@@ -24,6 +25,7 @@ mod volume;
 pub use arena::{Arena, ArenaTrouble, ImageId, OldArena};
 pub use cache::{Cache, DIRTY_MIN};
 pub use disk::{Backing, Disk, DiskError, Done, Job, JobId, JobKind, Origin, Part, Segment, Step};
+pub use fair::{FairQueue, Initiator, Passed, Queue, Shares, cost};
 pub use image::{Create, Image, ImageError, ImageOptions, ImageTrouble, Window};
 pub use inline::Inline;
 pub use pool::Pool;
@@ -34,6 +36,6 @@ pub use shadow::{FoundShadow, ShadowError, ShadowOptions, ShadowStore, find_shad
 pub use state::{StateError, StateFile};
 pub use uring::UringDisk;
 pub use volume::{
-    Bounds, Completed, Failures, LeftShadow, PARKED_MAX, Read, Refused, ShadowSide, Token, Volume,
-    VolumeOptions, Write, shadow_limit_min,
+    Bounds, Completed, Failures, LeftShadow, PARKED_HEADROOM, PARKED_MAX, Read, Refused,
+    ShadowSide, Token, Volume, VolumeOptions, Write, shadow_limit_min,
 };

@@ -21,6 +21,7 @@ mod reads;
 mod room;
 mod syncs;
 mod view;
+mod window;
 mod writes;
 
 use std::collections::VecDeque;
@@ -33,6 +34,7 @@ use shadow::{Extent, Lba, SECTOR};
 
 use super::cache::{Cache, Epoch};
 use super::disk::{Disk, DiskError, Done, Job, JobId, JobKind};
+use super::fair::{FairQueue, Queue};
 use super::state::StateFile;
 use crate::freeze::WhenFull;
 use crate::sys::buffer::{Body, Buf, BufSlice};
@@ -41,16 +43,19 @@ use bufs::Bufs;
 use discards::Discarding;
 use freeze::{COMMIT, FORGET, Freezing, STEP};
 use merge::Merge;
-use reads::{Fill, Stream};
+use reads::{Fill, Stream, WaitingRead};
 use syncs::{Gather, Syncing, Trouble, Waiter};
 use view::View;
+use window::Window;
 use writes::ParkedWrite;
 
 pub use freeze::{LeftShadow, ShadowSide};
 pub use room::shadow_limit_min;
 
-/// The most requests that wait for the disk.
+/// The most requests of one initiator that wait for the disk, and jobs in flight.
 pub const PARKED_MAX: usize = 1024;
+/// Requests besides of initiators that have few.
+pub const PARKED_HEADROOM: usize = 64;
 /// Results taken in at a time. Their replies leave before more are looked at,
 /// so that initiators ask for more while the disk is still busy: a long queue is
 /// kept full by small steps, not by waves.
@@ -189,7 +194,17 @@ pub struct Volume {
     parked: VecDeque<ParkedWrite>,
     parked_bytes: usize,
     discarding: Discarding,
-    held_reads: VecDeque<(Token, Extent)>,
+    held_reads: VecDeque<WaitingRead>,
+    /// Reads, and verifies, that wait for the disk.
+    reads: FairQueue<WaitingRead>,
+    verifies: FairQueue<WaitingRead>,
+    /// How many of each the disk has; and of reads how many it may have.
+    reading: usize,
+    verifying: usize,
+    /// Reads that the disk has ended since the window was last told.
+    reads_ended: usize,
+    window: Window,
+    prefetches: usize,
     until_written: VecDeque<Waiter>,
     until_synced: VecDeque<Waiter>,
     /// The epoch that is flushed for age, idleness or the end.
@@ -250,6 +265,13 @@ impl Volume {
             parked_bytes: 0,
             discarding: Discarding::default(),
             held_reads: VecDeque::new(),
+            reads: FairQueue::new(PARKED_MAX + PARKED_HEADROOM),
+            verifies: FairQueue::new(PARKED_MAX + PARKED_HEADROOM),
+            reading: 0,
+            reads_ended: 0,
+            verifying: 0,
+            window: Window::new(),
+            prefetches: 0,
             until_written: VecDeque::new(),
             until_synced: VecDeque::new(),
             flushing: None,
@@ -368,6 +390,8 @@ impl Volume {
         self.free.len() == PARKED_MAX
             && (self.parked.is_empty() || self.leaves_parked())
             && self.held_reads.is_empty()
+            && self.reads.is_empty()
+            && self.verifies.is_empty()
             && self.until_written.is_empty()
             && self.until_synced.is_empty()
             && self.syncing.is_none()
@@ -424,8 +448,10 @@ impl Volume {
             self.heed(&done, now);
             self.finish(done, now);
         }
+        let ended = std::mem::take(&mut self.reads_ended);
+        self.window.ended(now, ended, self.reading);
         self.advance_freeze(now);
-        self.start_held_reads();
+        self.start_held_reads(now);
         self.start_parked(now);
         if self.is_thaw_due() {
             // What had waited has filled the shadow.
@@ -437,6 +463,9 @@ impl Volume {
         // too early.
         self.end_waiting(now);
         self.start_sync(now);
+        // Last: the disk may take things in their order.
+        self.start_reads(now);
+        self.start_verifies();
         self.disk.kick();
     }
 
@@ -462,7 +491,7 @@ impl Volume {
 
     /// Whether reads wait for the disk.
     pub fn is_reading(&self) -> bool {
-        self.fills.len() > self.merge.fills()
+        self.fills.len() > self.merge.fills() || !self.reads.is_empty()
     }
 
     /// When [`advance`](Volume::advance) is to be called even if nothing
@@ -557,8 +586,11 @@ impl Volume {
                     self.failed(now);
                 }
             }
-            Under::Verify(token) => self.complete(token, None, ok),
-            Under::Prefetch => {}
+            Under::Verify(token) => {
+                self.verifying -= 1;
+                self.complete(token, None, ok);
+            }
+            Under::Prefetch => self.prefetches -= 1,
         }
     }
 

@@ -7,7 +7,7 @@ use super::{Action, Arrival, Dropped, NicId, NicInfo, READY_MAX, Target};
 use crate::access::{self, Switch};
 use crate::drive::{self, Health, Limits, Order, Page, Refusal, Smart};
 use crate::session::{Begun, Extensions, Life, SessionId, Tags};
-use crate::store::{Read, Refused, Token, Volume, Write};
+use crate::store::{Initiator, Queue, Read, Refused, Token, Volume, Write};
 use crate::sys::buffer::Body;
 use crate::wire::ata::{DATA, Outcome, Payload, Taskfile};
 use crate::wire::crc::{self, Sum};
@@ -32,6 +32,13 @@ pub(super) struct Parked {
     what: Pending,
     /// Where its tag is watched.
     life: Option<Life>,
+}
+
+impl Parked {
+    /// Whose share of the places it has.
+    pub fn queue(&self) -> Queue {
+        Queue::of(self.origin.source.0)
+    }
 }
 
 /// What it waits for.
@@ -64,12 +71,6 @@ enum Served {
     Dropped(Dropped),
     /// It changes what is saved.
     Change(Held),
-}
-
-/// One reader, told from another: an initiator on a NIC.
-fn reader(nic: NicId, origin: &Origin) -> u64 {
-    let [a, b, c, d, e, f] = origin.source.0;
-    u64::from_be_bytes([(nic.0 >> 8) as u8, nic.0 as u8, a, b, c, d, e, f])
 }
 
 /// A reply to an ATA request.
@@ -272,15 +273,15 @@ impl Target {
             Order::Trim(extents) => !extents.is_empty(),
             _ => false,
         };
+        let initiator = Initiator::new(nic.0, origin.source.0);
         let begun = match order {
             Order::Read(extent) | Order::Verify(extent) if extent.is_empty() => {
                 Ok(Work::Done(None))
             }
             Order::Write(..) | Order::Trim(_) if !marks => Ok(Work::Done(None)),
             Order::Read(extent) => {
-                let who = reader(nic, &origin);
                 let begun = self.park(parked(Pending::Read), |volume, token| {
-                    Ok(match volume.read(now, token, who, extent)? {
+                    Ok(match volume.read(now, token, initiator, extent)? {
                         Read::Ready(body) => Work::Done(Some(body)),
                         Read::Parked => Work::Under,
                     })
@@ -291,7 +292,9 @@ impl Target {
                 begun
             }
             Order::Verify(extent) => self.park(parked(Pending::Verify), |volume, token| {
-                volume.verify(now, token, extent).map(|()| Work::Under)
+                volume
+                    .verify(now, token, initiator, extent)
+                    .map(|()| Work::Under)
             }),
             Order::Write(extent, data) => {
                 let begun = self.park(parked(Pending::Write { durable }), |volume, token| {
@@ -407,16 +410,27 @@ impl Target {
         begin: impl FnOnce(&mut Volume, &mut dyn FnMut() -> Option<Token>) -> Result<Work, Refused>,
     ) -> Result<Work, Refused> {
         let mut id = None;
-        let slab = &mut self.parked;
+        let (slab, places) = (&mut self.parked, &mut self.places);
         let begun = begin(&mut self.volume, &mut || {
-            id = slab.insert(parked);
+            let queue = parked.queue();
+            if places.admits(queue, 1) {
+                id = slab.insert(parked);
+                places.take(queue, u64::from(id.is_some()));
+            }
             id.map(Token)
         });
         match (&begun, id) {
             (Ok(Work::Under), _) | (_, None) => {}
-            (_, Some(id)) => drop(self.parked.remove(id)),
+            (_, Some(id)) => drop(self.unpark(id)),
         }
         begun
+    }
+
+    /// Gives up a request's place.
+    pub(super) fn unpark(&mut self, id: u32) -> Option<Parked> {
+        let parked = self.parked.remove(id)?;
+        self.places.release(parked.queue(), 1);
+        Some(parked)
     }
 
     /// A request's disk work has ended.

@@ -30,7 +30,9 @@ use crate::access::{self, Policy, WireState};
 use crate::drive::Identity;
 use crate::net::{Frame, NicId, NicInfo};
 use crate::session::Sessions;
-use crate::store::{Bounds, Completed, Failures, PARKED_MAX, StateFile, Token, Volume};
+use crate::store::{
+    Bounds, Completed, Failures, PARKED_HEADROOM, PARKED_MAX, Shares, StateFile, Token, Volume,
+};
 use crate::sys::buffer::{Body, BufSlice};
 use crate::wire::crc::Sum;
 use crate::wire::{
@@ -147,6 +149,8 @@ pub struct Target {
     volume: Volume,
     sessions: Sessions,
     parked: Slab<Parked>,
+    /// Who has how many of them.
+    places: Shares,
     ready: VecDeque<Ready>,
     /// Replies to initiators that have spoken of congestion, by their time.
     delayed: VecDeque<Delayed>,
@@ -174,7 +178,11 @@ impl Target {
             closing: Vec::new(),
             volume,
             sessions: Sessions::default(),
-            parked: Slab::new(PARKED_MAX),
+            parked: Slab::new(PARKED_MAX + PARKED_HEADROOM),
+            places: Shares::new(
+                (PARKED_MAX + PARKED_HEADROOM) as u64,
+                PARKED_HEADROOM as u64,
+            ),
             ready: VecDeque::new(),
             delayed: VecDeque::new(),
             counters: Counters::default(),
@@ -373,7 +381,7 @@ impl Target {
         while let Some(Completed { token, data, ok }) = self.volume.next_completed() {
             if token == SAVE {
                 self.saved(now, ok);
-            } else if let Some(parked) = self.parked.remove(token.0) {
+            } else if let Some(parked) = self.unpark(token.0) {
                 self.completed(now, parked, data, ok);
             }
         }

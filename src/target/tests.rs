@@ -7,6 +7,7 @@ mod admission;
 mod ata;
 mod cache;
 mod doors;
+mod fairness;
 mod links;
 mod pace;
 mod several;

@@ -7,6 +7,7 @@ use shadow::{Chunk, Extent, SECTOR};
 
 use super::super::disk::Job;
 use super::freeze::{FORGET, Stage};
+use super::reads::WaitingRead;
 use super::syncs::Waiter;
 use super::writes::ParkedWrite;
 use super::{DISCARD, Refused, Token, Volume};
@@ -152,22 +153,27 @@ impl Volume {
     pub(super) fn discard_ended(&mut self, ok: bool, now: Instant) {
         let in_shadow = std::mem::take(&mut self.discarding).edges.is_some();
         self.end_discard(ok, in_shadow, now);
-        self.start_held_reads();
+        self.start_held_reads(now);
     }
 
     /// Takes the reads that a discard held up, as far as there is room.
-    pub(super) fn start_held_reads(&mut self) {
-        while let Some((token, extent)) = self.held_reads.pop_front() {
+    pub(super) fn start_held_reads(&mut self, now: Instant) {
+        while let Some(held) = self.held_reads.pop_front() {
+            let WaitingRead {
+                token,
+                queue,
+                extent,
+            } = held;
             if self.discarding.excludes(extent) {
-                self.held_reads.push_front((token, extent));
+                self.held_reads.push_front(held);
                 return;
             }
-            match self.read_absolute(|| Some(token), extent) {
+            match self.read_absolute(now, || Some(token), queue, extent) {
                 Ok(super::Read::Ready(body)) => self.complete(token, Some(body), true),
                 Ok(super::Read::Parked) => {}
                 Err(_) => {
                     // What is under way makes room when it ends.
-                    self.held_reads.push_front((token, extent));
+                    self.held_reads.push_front(held);
                     return;
                 }
             }

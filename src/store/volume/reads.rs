@@ -1,4 +1,8 @@
 //! Reads: from the cache, from the page cache, by fills; and reading ahead.
+//!
+//! What must wait for the disk waits here, each initiator's in a queue of its
+//! own, and the disk gets no more than it needs (see the window). So those who
+//! ask for much leave others their turn.
 
 use std::time::Instant;
 
@@ -6,7 +10,8 @@ use shadow::{Extent, Lba, SECTOR};
 
 use super::super::cache::Presence;
 use super::super::disk::{Origin, Part};
-use super::{Job, Read, Refused, Token, Under, Volume};
+use super::super::fair::{self, Initiator, Passed};
+use super::{Job, Queue, Read, Refused, Token, Under, Volume};
 use crate::sys::buffer::{Body, Buf, BufSlice};
 
 /// Bytes of one step of reading ahead.
@@ -16,6 +21,11 @@ const AHEAD_MAX: usize = 8;
 /// Steps of all readers that may be under way together, which bounds the memory
 /// that they take.
 const AHEAD_FILLS_MAX: usize = 16;
+/// Prefetches into the page cache that may be in flight.
+const PREFETCHES_MAX: usize = 16;
+/// Verifies in flight. Nobody waits for their data, and each is long for the few
+/// bytes that ask for it.
+const VERIFIES_MAX: usize = 2;
 /// For so many reads after one that had to wait for the disk the page cache is
 /// told what comes next.
 const COLD: u16 = 4096;
@@ -54,6 +64,11 @@ impl Fill {
         }
     }
 
+    /// `true` if it is for an initiator that wants the data, now or soon.
+    fn is_read(&self) -> bool {
+        !self.merges && !self.completes && self.verifies.is_none()
+    }
+
     /// One that nobody waits for.
     pub fn of(span: Extent) -> Fill {
         Fill {
@@ -70,6 +85,14 @@ impl Fill {
     }
 }
 
+/// A read, or a verify, that waits for the disk or behind a discard.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct WaitingRead {
+    pub token: Token,
+    pub queue: Queue,
+    pub extent: Extent,
+}
+
 /// A sequential reader, or what may become one.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Stream {
@@ -84,56 +107,70 @@ pub(super) struct Stream {
 
 impl Volume {
     /// Reads sectors, at once if they are in memory; else the request is given
-    /// a token. `extent` is within the bounds and not empty; `who` tells one
-    /// reader from another.
+    /// a token. `extent` is within the bounds and not empty.
     pub fn read(
         &mut self,
         now: Instant,
         token: impl FnOnce() -> Option<Token>,
-        who: u64,
+        initiator: Initiator,
         extent: Extent,
     ) -> Result<Read, Refused> {
         self.last_request = now;
         let extent = self.absolute(extent);
-        let result = self.read_absolute(token, extent);
+        let result = self.read_absolute(now, token, initiator.queue, extent);
         let waits = matches!(result, Ok(Read::Parked));
-        self.follow(who, extent, waits);
+        self.follow(initiator.stream, extent, waits);
         result
     }
 
     pub(super) fn read_absolute(
         &mut self,
+        now: Instant,
         token: impl FnOnce() -> Option<Token>,
+        queue: Queue,
         extent: Extent,
     ) -> Result<Read, Refused> {
         if self.discarding.excludes(extent) {
             let token = token().ok_or(Refused::NoRoom)?;
-            self.held_reads.push_back((token, extent));
+            self.held_reads.push_back(WaitingRead {
+                token,
+                queue,
+                extent,
+            });
             return Ok(Read::Parked);
         }
+        match self.read_memory(extent)? {
+            Some(body) => Ok(Read::Ready(body)),
+            None => self.read_later(now, token, queue, extent),
+        }
+    }
+
+    /// Reads what is in the cache or in the page cache.
+    fn read_memory(&mut self, extent: Extent) -> Result<Option<Body>, Refused> {
         if let Some(body) = self.cache.hit(extent) {
-            return Ok(Read::Ready(body));
+            return Ok(Some(body));
         }
         let len = extent.byte_len() as usize;
         let presence = self.cache.presence(extent);
         let all_here = presence == Presence::All;
-        if all_here || !self.options.direct {
-            let mut buf = self.bufs.take().ok_or(Refused::NoRoom)?;
-            let range = if all_here {
-                Some(0..len)
-            } else {
-                self.try_now(extent, &mut buf)
-            };
-            if let Some(range) = range {
-                let mut slice = BufSlice { buf, range };
-                if presence != Presence::None {
-                    self.cache.overlay(extent, &mut slice);
-                }
-                return Ok(Read::Ready(Body::Buf(slice)));
-            }
-            self.bufs.put(buf);
+        if !all_here && self.options.direct {
+            return Ok(None);
         }
-        self.read_later(token, extent)
+        let mut buf = self.bufs.take().ok_or(Refused::NoRoom)?;
+        let range = if all_here {
+            Some(0..len)
+        } else {
+            self.try_now(extent, &mut buf)
+        };
+        let Some(range) = range else {
+            self.bufs.put(buf);
+            return Ok(None);
+        };
+        let mut slice = BufSlice { buf, range };
+        if presence != Presence::None {
+            self.cache.overlay(extent, &mut slice);
+        }
+        Ok(Some(Body::Buf(slice)))
     }
 
     /// Reads from the page cache if that needs no waiting; says where in `buf`
@@ -186,25 +223,79 @@ impl Volume {
         extent.start().0 >= start && extent.end().0 <= start + self.bounds.sectors
     }
 
+    /// Has a read wait: for a fill that brings it anyway, for one of its own, or
+    /// for its initiator's turn.
     fn read_later(
         &mut self,
+        now: Instant,
         token: impl FnOnce() -> Option<Token>,
+        queue: Queue,
         extent: Extent,
     ) -> Result<Read, Refused> {
-        // A fill under way that brings it anyway; not one that a write has
-        // overtaken, which could be that of this reader.
-        for id in &self.fills {
-            if let Some(Under::Fill(fill)) = &mut self.under[*id as usize] {
-                let inside = fill.span.start() <= extent.start() && extent.end() <= fill.span.end();
-                if inside && !fill.stale && !fill.merges {
-                    fill.waiters.push((token().ok_or(Refused::NoRoom)?, extent));
-                    return Ok(Read::Parked);
-                }
-            }
+        if let Some(id) = self.fill_for(extent) {
+            let token = token().ok_or(Refused::NoRoom)?;
+            self.join(id, token, extent);
+            return Ok(Read::Parked);
         }
-        if self.free.is_empty() {
+        self.window.asked(now, queue);
+        let may = self.reads.is_empty() && self.reading < self.reads_max(now);
+        if may && !self.free.is_empty() {
+            self.fill_one(now, token, extent)?;
+            return Ok(Read::Parked);
+        }
+        if self.reads.is_full() {
             return Err(Refused::NoRoom);
         }
+        let token = token().ok_or(Refused::NoRoom)?;
+        let waiting = WaitingRead {
+            token,
+            queue,
+            extent,
+        };
+        let pushed = self
+            .reads
+            .push(queue, fair::cost(extent.byte_len()), waiting);
+        pushed.map_err(|_| Refused::NoRoom)?;
+        Ok(Read::Parked)
+    }
+
+    /// How many reads the disk may have now. A sync waits for them twice, once
+    /// with the write-back and once itself, so they leave it room.
+    fn reads_max(&self, now: Instant) -> usize {
+        let size = self.window.size(now);
+        if self.until_synced.is_empty() {
+            size
+        } else {
+            size / 2
+        }
+    }
+
+    /// A fill in flight that brings all of an extent; not one that a write has
+    /// overtaken, which could be that of this reader.
+    fn fill_for(&self, extent: Extent) -> Option<u32> {
+        let brings = |id: &u32| {
+            let Some(Under::Fill(fill)) = &self.under[*id as usize] else {
+                return false;
+            };
+            let inside = fill.span.start() <= extent.start() && extent.end() <= fill.span.end();
+            inside && !fill.stale && !fill.merges
+        };
+        self.fills.iter().copied().find(brings)
+    }
+
+    fn join(&mut self, id: u32, token: Token, extent: Extent) {
+        if let Some(Under::Fill(fill)) = &mut self.under[id as usize] {
+            fill.waiters.push((token, extent));
+        }
+    }
+
+    /// Starts a fill for a read.
+    fn fill_one(
+        &mut self,
+        now: Instant,
+        token: impl FnOnce() -> Option<Token>,
+        extent: Extent,
+    ) -> Result<(), Refused> {
         let span = if self.options.direct {
             self.clip(extent)
         } else {
@@ -215,6 +306,7 @@ impl Volume {
             self.give_back(buf);
             return Err(Refused::NoRoom);
         };
+        self.window.began(now);
         self.fill(
             Fill {
                 waiters: vec![(token, extent)],
@@ -222,8 +314,33 @@ impl Volume {
                 ..Fill::of(span)
             },
             buf,
-        )?;
-        Ok(Read::Parked)
+        )
+    }
+
+    /// Starts reads that have waited, each initiator's in its turn.
+    pub(super) fn start_reads(&mut self, now: Instant) {
+        while self.reading < self.reads_max(now) && !self.free.is_empty() {
+            let Some(queue) = self.reads.turn(Passed::default()) else {
+                return;
+            };
+            let Some(&waiting) = self.reads.head(queue) else {
+                return;
+            };
+            let WaitingRead { token, extent, .. } = waiting;
+            if self.discarding.excludes(extent) {
+                self.held_reads.push_back(waiting);
+            } else if let Some(id) = self.fill_for(extent) {
+                self.join(id, token, extent);
+            } else {
+                match self.read_memory(extent) {
+                    Ok(Some(body)) => self.complete(token, Some(body), true),
+                    Ok(None) if self.fill_one(now, || Some(token), extent).is_ok() => {}
+                    // There is no memory now.
+                    _ => return,
+                }
+            }
+            self.reads.pop(queue);
+        }
     }
 
     /// The whole blocks around an extent, as far as they are in the window.
@@ -252,6 +369,8 @@ impl Volume {
             self.give_back(buf);
             return Err(Refused::NoRoom);
         }
+        self.reading += usize::from(fill.is_read());
+        self.verifying += usize::from(fill.verifies.is_some());
         fill.held = self.cache.hold(fill.span);
         let view = self.view.as_ref().filter(|view| !view.is_plain());
         if let Some(parts) = view.and_then(|view| view.parts(fill.span)) {
@@ -316,6 +435,9 @@ impl Volume {
 
     pub(super) fn fill_ended(&mut self, fill: Fill, data: Option<BufSlice>, now: Instant) {
         self.gathers -= usize::from(fill.gathers);
+        self.reading -= usize::from(fill.is_read());
+        self.reads_ended += usize::from(fill.is_read());
+        self.verifying -= usize::from(fill.verifies.is_some());
         if fill.merges {
             let mut data = data;
             self.merge_fill_ended(fill.span, data.as_deref_mut(), now);
@@ -395,24 +517,56 @@ impl Volume {
         self.complete(token, body, ok);
     }
 
-    /// Whether sectors can be read: from the disk, unless the cache has them.
+    /// Looks whether sectors can be read: from the disk, unless the cache has
+    /// them.
     pub fn verify(
         &mut self,
         now: Instant,
         token: impl FnOnce() -> Option<Token>,
+        initiator: Initiator,
         extent: Extent,
     ) -> Result<(), Refused> {
         self.last_request = now;
         let extent = self.absolute(extent);
-        let all_here = self.cache.covers(extent);
-        if !all_here && self.free.is_empty() {
+        let queue = initiator.queue;
+        if self.verifies.is_full() {
             return Err(Refused::NoRoom);
         }
         let token = token().ok_or(Refused::NoRoom)?;
-        if all_here {
+        if self.cache.covers(extent) {
             self.complete(token, None, true);
             return Ok(());
         }
+        let waiting = WaitingRead {
+            token,
+            queue,
+            extent,
+        };
+        let pushed = self
+            .verifies
+            .push(queue, fair::cost(extent.byte_len()), waiting);
+        pushed.map_err(|_| Refused::NoRoom)?;
+        self.start_verifies();
+        Ok(())
+    }
+
+    /// Starts verifies that wait, a few at a time, each initiator's in its turn.
+    pub(super) fn start_verifies(&mut self) {
+        while self.verifying < VERIFIES_MAX && !self.free.is_empty() {
+            let Some(queue) = self.verifies.turn(Passed::default()) else {
+                return;
+            };
+            let Some(&WaitingRead { token, extent, .. }) = self.verifies.head(queue) else {
+                return;
+            };
+            if self.begin_verify(token, extent).is_err() {
+                return;
+            }
+            self.verifies.pop(queue);
+        }
+    }
+
+    fn begin_verify(&mut self, token: Token, extent: Extent) -> Result<(), Refused> {
         let parts = self.view.as_ref().and_then(|view| view.parts(extent));
         if parts.is_some() {
             // The way of a read, whose data nobody is sent.
@@ -434,7 +588,9 @@ impl Volume {
             at: extent.byte_start(),
             len: extent.byte_len() as usize,
         };
-        self.submit(Under::Verify(token), job).map(drop)
+        self.submit(Under::Verify(token), job)?;
+        self.verifying += 1;
+        Ok(())
     }
 
     /// Follows a reader, and reads ahead of it if it goes on in a row.
@@ -498,12 +654,13 @@ impl Volume {
                 // Only a favour: without room there is none.
                 let _ = self.buffer_for(span).and_then(|buf| self.fill(fill, buf));
             }
-        } else {
+        } else if self.prefetches < PREFETCHES_MAX {
             let job = Job::Prefetch {
                 at: span.byte_start(),
                 len: span.byte_len(),
             };
-            let _ = self.submit(Under::Prefetch, job);
+            let begun = self.submit(Under::Prefetch, job);
+            self.prefetches += usize::from(begun.is_ok());
         }
     }
 }

@@ -123,6 +123,7 @@ impl Volume {
         if wanted.into_iter().any(ready) || many || pressed || failing {
             self.round = None;
             self.sync_began = now;
+            self.window.share(now);
             self.submit_sync();
         }
     }

@@ -6,6 +6,7 @@ use super::*;
 use crate::freeze::Order;
 use crate::store::arena::{Arena, ImageId};
 use crate::store::disk::{Backing, Segment};
+use crate::store::fair::Initiator;
 use proptest::prelude::*;
 use shadow::BlockFile;
 use std::cell::RefCell;
@@ -23,6 +24,10 @@ const BYTES: usize = 4096 + (SECTORS * 512) as usize;
 /// boundary, so that blocks reach over both ends.
 fn window_start(align: usize) -> u64 {
     if align == 1 { 3 * 512 } else { 4096 }
+}
+
+fn initiator(last: u8) -> Initiator {
+    Initiator::new(0, [2, 0, 0, 0, 0, last])
 }
 
 fn options(direct: bool, align: usize) -> VolumeOptions {
@@ -502,7 +507,10 @@ impl World {
                     .map(|s| self.model.acked[s as usize])
                     .collect();
                 let token = self.model.token(Asked::Read(extent, from));
-                match self.volume.read(self.now, || Some(token), 1, extent) {
+                match self
+                    .volume
+                    .read(self.now, || Some(token), initiator(1), extent)
+                {
                     Ok(Read::Ready(body)) => self.model.ended(token, Some(&body), true),
                     Ok(Read::Parked) => {}
                     Err(_) => self.model.asked[token.0 as usize] = None,

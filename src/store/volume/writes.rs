@@ -273,6 +273,9 @@ impl Volume {
                 self.submit(under, job)
             };
             self.writing += 1;
+            if self.reading > 0 {
+                self.window.share(now);
+            }
         }
         self.fill_wanted();
     }
