@@ -18,6 +18,10 @@ pub trait Files {
     /// An open file.
     type File: BlockFile;
 
+    /// The paths in a directory.
+    fn list(&self, directory: &Path) -> io::Result<Vec<PathBuf>>;
+    /// Makes a directory and those above it, where there is none.
+    fn make_directory(&self, path: &Path) -> io::Result<()>;
     /// Makes a file that was not there, for its owner alone.
     fn create(&self, path: &Path) -> io::Result<Self::File>;
     /// The whole content of a text file.
@@ -65,6 +69,15 @@ pub struct RealFiles;
 
 impl Files for RealFiles {
     type File = File;
+
+    fn list(&self, directory: &Path) -> io::Result<Vec<PathBuf>> {
+        let entries = fs::read_dir(directory)?;
+        entries.map(|entry| Ok(entry?.path())).collect()
+    }
+
+    fn make_directory(&self, path: &Path) -> io::Result<()> {
+        fs::create_dir_all(path)
+    }
 
     fn create(&self, path: &Path) -> io::Result<File> {
         let mut how = OpenOptions::new();

@@ -300,7 +300,7 @@ impl Disk {
     }
 
     /// The names in a directory.
-    pub fn list(&self, directory: &Path) -> Vec<PathBuf> {
+    pub fn names(&self, directory: &Path) -> Vec<PathBuf> {
         let world = self.world();
         let directory = world.directories.get(directory);
         directory.map_or(Vec::new(), |d| d.now.keys().cloned().collect())
@@ -376,6 +376,14 @@ fn broken() -> io::Error {
 
 impl Files for Disk {
     type File = TrialFile;
+
+    fn list(&self, directory: &Path) -> io::Result<Vec<PathBuf>> {
+        Ok(self.names(directory))
+    }
+
+    fn make_directory(&self, _path: &Path) -> io::Result<()> {
+        Ok(())
+    }
 
     fn create(&self, path: &Path) -> io::Result<TrialFile> {
         let file = self.new_file(TEXT_MAX);
@@ -559,8 +567,8 @@ mod tests {
         disk.name(&disk.new_file(512), c).unwrap();
         disk.sync_names(c).unwrap();
         disk.unname(b).unwrap();
-        assert!(disk.list(Path::new("d")).is_empty());
-        let after = |fate| disk.restart(fate).list(Path::new("d"));
+        assert!(disk.names(Path::new("d")).is_empty());
+        let after = |fate| disk.restart(fate).names(Path::new("d"));
         assert_eq!(after(Fate::Lost), [a]);
         assert!(after(Fate::Kept).is_empty());
         let mut seen = [false; 3];

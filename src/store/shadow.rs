@@ -5,27 +5,26 @@
 //! taken away when all is in the image: a start that does not find what a
 //! record speaks of must not serve an image that is out of date.
 
+mod place;
 mod record;
 
 use std::fmt;
 use std::fs;
 use std::io;
-use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use nix::fcntl::{FallocateFlags, fallocate};
 use parking_lot::{Mutex, RwLock};
 use shadow::{
-    BlockFile, Found, PathError, Paths, Shadow, ShadowFile, Spec, State, header_page, paths,
+    BlockFile, Found, PathError, Paths, RealFiles, Shadow, Spec, State, header_page, paths,
 };
 
 use super::disk::{Backing, Origin, Part, Step};
-use super::image::{Image, keep_no_access_time};
+use super::image::Image;
 use super::volume::LeftShadow;
 use crate::sys::buffer::Body;
-use crate::sys::file::read_now;
 
+use place::{Place, RealPlace, ShadowedImage};
 use record::Record;
 
 /// Why a start is refused for its shadow.
@@ -133,19 +132,15 @@ pub struct ShadowOptions {
 }
 
 /// A shadow that was found at a start.
-pub struct FoundShadow {
-    shadow: Shadow<ShadowFile>,
+pub struct FoundShadow<P: Place = RealPlace> {
+    place: P,
+    shadow: Shadow<P::File>,
     paths: Paths,
     name: Found,
     export: String,
 }
 
 impl FoundShadow {
-    /// Bytes of its chunks.
-    pub fn chunk(&self) -> u64 {
-        self.shadow.geometry().chunk()
-    }
-
     /// Takes over what a dead process's cache held, generation by generation,
     /// the older ones first. On stable storage after [`sync`](Self::sync).
     pub fn replay(
@@ -155,15 +150,32 @@ impl FoundShadow {
         at: u64,
         bytes: &[u8],
     ) -> io::Result<()> {
+        self.replay_onto(&Unaligned(image), generation, at, bytes)
+    }
+}
+
+impl<P: Place> FoundShadow<P> {
+    /// Bytes of its chunks.
+    pub fn chunk(&self) -> u64 {
+        self.shadow.geometry().chunk()
+    }
+
+    pub(super) fn replay_onto(
+        &mut self,
+        image: &dyn BlockFile,
+        generation: u64,
+        at: u64,
+        bytes: &[u8],
+    ) -> io::Result<()> {
         if self.is_thawing() {
             self.begin_thaw()?;
         }
-        let image = Unaligned(image);
-        match replay(&mut self.shadow, &image, generation, at, bytes) {
+        match replay(&mut self.shadow, image, generation, at, bytes) {
             Err(e) if e.kind() == io::ErrorKind::StorageFull => {
                 // For this, room was taken; the volume takes it again.
-                give_back(self.shadow.file(), self.shadow.spec())?;
-                replay(&mut self.shadow, &image, generation, at, bytes)
+                let end = self.shadow.geometry().data_end();
+                self.place.give_back(self.shadow.file(), end)?;
+                replay(&mut self.shadow, image, generation, at, bytes)
             }
             done => done,
         }
@@ -179,7 +191,8 @@ impl FoundShadow {
     fn begin_thaw(&mut self) -> io::Result<()> {
         if self.name != Found::New {
             let uuid = self.shadow.spec().uuid;
-            let unmarked = paths::begin_thaw(&self.paths, self.shadow.file(), &uuid)?;
+            let file = self.shadow.file();
+            let unmarked = self.place.begin_thaw(&self.paths, file, &uuid)?;
             warn_unmarked(&self.export, &self.paths, unmarked);
             self.name = Found::Thaw;
         }
@@ -246,13 +259,14 @@ impl BlockFile for Unaligned<'_> {
 }
 
 /// The files of a freeze.
-pub struct ShadowStore {
-    image: Arc<Image>,
+pub struct ShadowStore<P: Place = RealPlace> {
+    place: P,
+    image: Arc<dyn ShadowedImage>,
     export: String,
     paths: Paths,
     record: Record,
     /// The shadow, while there is one.
-    open: RwLock<Option<Arc<ShadowFile>>>,
+    open: RwLock<Option<Arc<P::File>>>,
     /// What is needed to give it its next name and state; steps come one at a
     /// time.
     state: Mutex<Option<Held>>,
@@ -271,18 +285,25 @@ pub fn find_shadow(
     image: &Image,
     options: &ShadowOptions,
 ) -> Result<Option<FoundShadow>, ShadowError> {
+    find(RealPlace, image, options)
+}
+
+pub(super) fn find<P: Place>(
+    place: P,
+    image: &dyn ShadowedImage,
+    options: &ShadowOptions,
+) -> Result<Option<FoundShadow<P>>, ShadowError> {
     let given = options.path.as_deref();
-    let identity = image.shadow_identity();
+    let identity = image.identity();
     let identity = identity.map_err(|e| {
         ShadowError::Record(
             image.path().to_owned(),
             format!("asking what image it is: {e}"),
         )
     })?;
-    let window = (image.id().start, image.id().len);
-    let record = Record::of(&options.state_dir, Path::new(""), identity, window);
-    record.none_beside()?;
-    let recorded = match record.read() {
+    let record = Record::of(&options.state_dir, Path::new(""), identity, image.window());
+    record.none_beside(place.records())?;
+    let recorded = match record.read(place.records()) {
         Err(_) if options.discard => None,
         recorded => recorded?,
     };
@@ -302,8 +323,9 @@ pub fn find_shadow(
     }
     let Some(path) = given else { return Ok(None) };
     let paths = Paths::of(path);
-    let found =
-        paths::find(&paths).map_err(|e| ShadowError::Io(path.to_owned(), "looking for it", e))?;
+    let found = place
+        .find(&paths)
+        .map_err(|e| ShadowError::Io(path.to_owned(), "looking for it", e))?;
     let name = match found.files.as_slice() {
         [] if recorded.is_some() => return Err(ShadowError::Gone(path.to_owned())),
         [] => match found.markers.first() {
@@ -327,7 +349,7 @@ pub fn find_shadow(
         }
     };
     let real = name.path(&paths);
-    let mut shadow = paths::open(real)?;
+    let mut shadow = place.open(real)?;
     let uuid = shadow.spec().uuid;
     if let Some((marker, _)) = found.markers.iter().find(|(_, of)| *of != uuid) {
         let marker = marker.path(&paths).to_owned();
@@ -337,7 +359,7 @@ pub fn find_shadow(
     if let Some(difference) = shadow.spec().identity.difference(&identity) {
         return Err(other(difference.to_string()));
     }
-    let bounds = image.bounds().map_err(|e| other(format!("{e:?}")))?;
+    let bounds = image.bounds().map_err(other)?;
     let geometry = shadow.geometry();
     if (geometry.start(), geometry.len()) != (bounds.start, bounds.sectors * shadow::SECTOR) {
         return Err(other(format!(
@@ -356,6 +378,7 @@ pub fn find_shadow(
     };
     confirmed.map_err(|e| ShadowError::Io(real.to_owned(), "syncing it", e))?;
     Ok(Some(FoundShadow {
+        place,
         shadow,
         name,
         export: options.export.clone(),
@@ -394,7 +417,9 @@ fn discard(record: &Record, path: &Path, recorded: bool) -> Result<(), ShadowErr
         let removed = paths::remove_marker(name.path(&paths), &uuid);
         removed.map_err(fail("removing its marker"))?;
     }
-    record.remove().map_err(fail("removing its record"))
+    record
+        .remove(&RealFiles)
+        .map_err(fail("removing its record"))
 }
 
 impl ShadowStore {
@@ -406,15 +431,27 @@ impl ShadowStore {
         options: &ShadowOptions,
         found: Option<FoundShadow>,
     ) -> Result<(ShadowStore, Option<LeftShadow>), ShadowError> {
+        ShadowStore::with(RealPlace, image, path, options, found)
+    }
+}
+
+impl<P: Place> ShadowStore<P> {
+    pub(super) fn with(
+        place: P,
+        image: Arc<dyn ShadowedImage>,
+        path: &Path,
+        options: &ShadowOptions,
+        found: Option<FoundShadow<P>>,
+    ) -> Result<(ShadowStore<P>, Option<LeftShadow>), ShadowError> {
         let fail = |what| move |e| ShadowError::Io(path.to_owned(), what, e);
-        let identity = image
-            .shadow_identity()
-            .map_err(fail("asking what image it is of"))?;
-        let window = (image.id().start, image.id().len);
+        let identity = image.identity();
+        let identity = identity.map_err(fail("asking what image it is of"))?;
+        let window = image.window();
         let record = Record::of(&options.state_dir, path, identity, window);
         let export = options.export.clone();
         let Some(mut found) = found else {
             let store = ShadowStore {
+                place,
                 image,
                 export,
                 paths: Paths::of(path),
@@ -425,7 +462,8 @@ impl ShadowStore {
             return Ok((store, None));
         };
         // A shadow that was moved here has no record yet.
-        record.write(image.id().len).map_err(fail("recording it"))?;
+        let recorded = record.write(place.records(), window.1);
+        recorded.map_err(fail("recording it"))?;
         if found.is_thawing() {
             found.begin_thaw().map_err(fail("marking it"))?;
         } else {
@@ -434,14 +472,15 @@ impl ShadowStore {
                 image.sync().map_err(fail("syncing the image"))?;
             }
             let file = found.shadow.file();
-            paths::appear(&found.paths, file).map_err(fail("renaming it"))?;
+            let named = place.appear(&found.paths, file);
+            named.map_err(fail("renaming it"))?;
             // 0.1.0 made none. Where it cannot be made, the thaw tries again.
-            if let Err(e) = paths::make_marker(&found.paths.thaw, &found.shadow.spec().uuid) {
+            let uuid = &found.shadow.spec().uuid;
+            if let Err(e) = place.make_marker(&found.paths.thaw, uuid) {
                 let thaw = found.paths.thaw.display();
                 log::warn!("{export}: {thaw}: no marker for the thaw can be made: {e}");
             }
         }
-        keep_no_access_time(found.shadow.file().as_file());
         let paths = found.paths;
         let (file, spec, state, sequence, map) = found.shadow.into_parts();
         let left = LeftShadow {
@@ -456,6 +495,7 @@ impl ShadowStore {
             sequence,
         };
         let store = ShadowStore {
+            place,
             image,
             export,
             paths,
@@ -466,26 +506,27 @@ impl ShadowStore {
         Ok((store, Some(left)))
     }
 
-    fn file(&self) -> io::Result<Arc<ShadowFile>> {
+    fn file(&self) -> io::Result<Arc<P::File>> {
         let open = self.open.read();
         open.clone()
             .ok_or_else(|| io::Error::new(io::ErrorKind::NotFound, "there is no shadow now"))
     }
 
     fn create(&self, spec: &Spec, reserve: u64) -> io::Result<()> {
-        let (file, spec, state, sequence, _) = paths::create(&self.paths, spec)
-            .map_err(io::Error::other)?
-            .into_parts();
-        let made = take(&file, &spec, reserve)
+        let shadow = self.place.create(&self.paths, spec);
+        let (file, spec, state, sequence, _) = shadow.map_err(io::Error::other)?.into_parts();
+        let records = self.place.records();
+        let made = self
+            .place
+            .take(&file, spec.geometry.data_end(), reserve)
             .and_then(|()| file.sync())
-            .and_then(|()| self.record.write(spec.geometry.len()));
+            .and_then(|()| self.record.write(records, spec.geometry.len()));
         if let Err(e) = made {
             // The first error is the one to tell.
-            let _ = self.record.remove();
-            paths::abandon(&self.paths, &spec.uuid);
+            let _ = self.record.remove(records);
+            self.place.abandon(&self.paths, &spec.uuid);
             return Err(e);
         }
-        keep_no_access_time(file.as_file());
         *self.open.write() = Some(Arc::new(file));
         *self.state.lock() = Some(Held {
             spec,
@@ -499,8 +540,9 @@ impl ShadowStore {
     /// both are on the disk, the image is not touched.
     fn seal(&self, held: &mut Held) -> io::Result<()> {
         let file = self.file()?;
-        give_back(&file, &held.spec)?;
-        let unmarked = paths::begin_thaw(&self.paths, &file, &held.spec.uuid)?;
+        let end = held.spec.geometry.data_end();
+        self.place.give_back(&file, end)?;
+        let unmarked = self.place.begin_thaw(&self.paths, &file, &held.spec.uuid)?;
         warn_unmarked(&self.export, &self.paths, unmarked);
         if held.state != State::Thawing {
             let page = header_page(&held.spec, State::Thawing, held.sequence + 1);
@@ -517,36 +559,24 @@ impl ShadowStore {
     /// Has so much room taken at once as is wanted now.
     fn reserve(&self, held: &Held, bytes: u64) -> io::Result<()> {
         let file = self.file()?;
-        let wanted = held.spec.geometry.data_end() + bytes;
-        if file.metadata()?.len() > wanted {
-            give_back(&file, &held.spec)?;
+        let end = held.spec.geometry.data_end();
+        if self.place.len(&file)? > end + bytes {
+            self.place.give_back(&file, end)?;
         }
-        take(&file, &held.spec, bytes)
+        self.place.take(&file, end, bytes)
     }
 
     fn vanish(&self, slot: &mut Option<Held>) -> io::Result<()> {
         let Some(held) = slot else { return Ok(()) };
         // The record first: a shadow without one is merged to its end, and is
         // empty; a record without a shadow would stop every start.
-        self.record.remove()?;
-        paths::vanish(&self.paths, self.file()?.as_ref(), &held.spec.uuid)?;
+        self.record.remove(self.place.records())?;
+        let file = self.file()?;
+        self.place.vanish(&self.paths, &file, &held.spec.uuid)?;
         *self.open.write() = None;
         *slot = None;
         Ok(())
     }
-}
-
-/// Takes room at once, behind all that a shadow has a place for.
-fn take(file: &ShadowFile, spec: &Spec, bytes: u64) -> io::Result<()> {
-    let end = spec.geometry.data_end() as i64;
-    let taken = fallocate(file.as_fd(), FallocateFlags::empty(), end, bytes as i64);
-    Ok(taken?)
-}
-
-/// Gives that room back.
-fn give_back(file: &ShadowFile, spec: &Spec) -> io::Result<()> {
-    let end = spec.geometry.data_end() as i64;
-    Ok(nix::unistd::ftruncate(file.as_fd(), end)?)
 }
 
 /// Whether a shadow could be made there: tried with a file of no name.
@@ -569,7 +599,7 @@ fn probe(path: &Path) -> Result<(), ShadowError> {
     Ok(())
 }
 
-impl BlockFile for ShadowStore {
+impl<P: Place> BlockFile for ShadowStore<P> {
     fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
         self.file()?.read_at(buf, offset)
     }
@@ -583,16 +613,16 @@ impl BlockFile for ShadowStore {
     }
 }
 
-impl Backing for ShadowStore {
+impl<P: Place> Backing for ShadowStore<P> {
     fn read_now(&self, buf: &mut [u8], offset: u64) -> bool {
         let open = self.open.read();
         let file = open.as_ref();
-        file.is_some_and(|file| read_now(file.as_file(), buf, offset).unwrap_or(false))
+        file.is_some_and(|file| self.place.read_now(file, buf, offset))
     }
 
     fn write_pieces(&self, pieces: &[Body], offset: u64) -> io::Result<()> {
-        let file = self.file()?;
-        super::image::write_pieces(file.as_file(), pieces, offset)
+        self.place
+            .write_pieces(self.file()?.as_ref(), pieces, offset)
     }
 
     fn gather(&self, parts: &[Part], buf: &mut [u8]) -> io::Result<()> {
@@ -623,7 +653,7 @@ impl Backing for ShadowStore {
                 uuid: *uuid,
                 generation: *generation,
                 geometry: *geometry,
-                identity: self.image.shadow_identity()?,
+                identity: self.image.identity()?,
             };
             return self.create(&spec, *reserve);
         }
@@ -634,10 +664,13 @@ impl Backing for ShadowStore {
             return Err(io::Error::other("there is no shadow"));
         };
         match step {
-            Step::Appear => paths::appear(&self.paths, self.file()?.as_ref()),
+            Step::Appear => self.place.appear(&self.paths, self.file()?.as_ref()),
             Step::Seal => self.seal(held),
             Step::Reserve(bytes) => self.reserve(held, *bytes),
-            Step::Release => give_back(self.file()?.as_ref(), &held.spec),
+            Step::Release => {
+                let end = held.spec.geometry.data_end();
+                self.place.give_back(self.file()?.as_ref(), end)
+            }
             Step::Create { .. } | Step::Vanish => Ok(()),
         }
     }

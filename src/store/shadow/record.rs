@@ -1,11 +1,10 @@
 //! The record of where an image's shadow is, so that a start that was not given
 //! it does not serve an image that is out of date.
 
-use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use shadow::{Identity, RealFiles, paths, replace_text};
+use shadow::{Files, Identity, replace_text};
 use toml::{Table, Value};
 
 use super::ShadowError;
@@ -41,7 +40,7 @@ impl Record {
     }
 
     /// Puts it on stable storage; the window may have another length by now.
-    pub fn write(&self, len: u64) -> io::Result<()> {
+    pub fn write<F: Files>(&self, files: &F, len: u64) -> io::Result<()> {
         let mut table = Table::new();
         table.insert("version".into(), Value::Integer(1));
         let shadow = self
@@ -58,16 +57,16 @@ impl Record {
             table.insert(key.into(), Value::String(format!("{number:016x}")));
         }
         let directory = self.path.parent().unwrap_or(Path::new("."));
-        fs::create_dir_all(directory)?;
-        replace_text(&RealFiles, &self.path, &table.to_string())
+        files.make_directory(directory)?;
+        replace_text(files, &self.path, &table.to_string())
     }
 
-    pub fn remove(&self) -> io::Result<()> {
-        match fs::remove_file(&self.path) {
+    pub fn remove<F: Files>(&self, files: &F) -> io::Result<()> {
+        match files.remove(&self.path) {
             Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
             _ => {}
         }
-        match paths::sync_directory(&self.path) {
+        match files.sync_directory(&self.path) {
             // There never was one, nor a place for it.
             Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
             synced => synced,
@@ -76,19 +75,18 @@ impl Record {
 
     /// Refuses a window that shares sectors with another one that is frozen:
     /// what was written to them is in that one's shadow.
-    pub fn none_beside(&self) -> Result<(), ShadowError> {
+    pub fn none_beside<F: Files>(&self, files: &F) -> Result<(), ShadowError> {
         let bad = |path: &Path, what: &str| ShadowError::Record(path.to_owned(), what.to_owned());
         let directory = self.path.parent().unwrap_or(Path::new("."));
-        let list = match fs::read_dir(directory) {
+        let list = match files.list(directory) {
             Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
             list => list.map_err(|e| bad(directory, &e.to_string()))?,
         };
-        for entry in list {
-            let path = entry.map_err(|e| bad(directory, &e.to_string()))?.path();
+        for path in list {
             if path == self.path || !path.to_string_lossy().ends_with(RECORD) {
                 continue;
             }
-            let text = match fs::read_to_string(&path) {
+            let text = match files.read_text(&path) {
                 // Thawed just now.
                 Err(e) if e.kind() == io::ErrorKind::NotFound => continue,
                 text => text.map_err(|e| bad(&path, &e.to_string()))?,
@@ -106,9 +104,9 @@ impl Record {
     }
 
     /// The shadow that a record speaks of, if there is a record.
-    pub fn read(&self) -> Result<Option<PathBuf>, ShadowError> {
+    pub fn read<F: Files>(&self, files: &F) -> Result<Option<PathBuf>, ShadowError> {
         let bad = |what: String| ShadowError::Record(self.path.clone(), what);
-        let text = match fs::read_to_string(&self.path) {
+        let text = match files.read_text(&self.path) {
             Ok(text) => text,
             Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
             Err(e) => return Err(bad(e.to_string())),
