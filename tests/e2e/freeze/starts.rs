@@ -364,7 +364,10 @@ fn a_shadow_that_0_1_0_left_is_taken_up_in_each_phase() {
             "the thaw of before goes on: 0 MiB to merge"
         };
         let line = format!("e1.1: {}: {says}", bed.shadow().display());
-        assert!(target.output().iter().any(|said| said.ends_with(&line)));
+        // The log is a thread of its own.
+        until("it is said", || {
+            target.output().iter().any(|said| said.ends_with(&line))
+        });
         let seen = |bed: &Bed| bed.client().read_many(0, 61).unwrap();
         assert!(seen(&bed) == expected[1536..1536 + 61 * 512]);
         if frozen {
