@@ -3,7 +3,7 @@
 use std::time::Instant;
 
 use super::saves::Held;
-use super::{Action, Arrival, Dropped, NicId, NicInfo, READY_MAX, Target};
+use super::{Action, Arrival, Dropped, NicId, NicInfo, Target};
 use crate::access::{self, Switch};
 use crate::drive::{self, Health, Limits, Order, Page, Refusal, Smart};
 use crate::session::{Begun, Extensions, Life, SessionId, Tags};
@@ -64,7 +64,7 @@ enum Work {
 }
 
 /// What came of a request.
-enum Served {
+pub(super) enum Served {
     Answer(Answer),
     /// The answer comes when the disk is done.
     Parked,
@@ -182,33 +182,8 @@ impl Target {
         Action::Drop(Dropped::Damaged)
     }
 
-    /// The reads behind the first one of a frame.
-    fn further_reads(&mut self, ask: &Ask, payload: Payload) {
-        for (tag, taskfile) in payload.further_reads(ask.taskfile) {
-            if self.ready.len() >= READY_MAX {
-                self.counters.dropped(Dropped::NoRoom);
-                return;
-            }
-            let origin = Origin { tag, ..ask.origin };
-            let ask = Ask {
-                origin,
-                taskfile,
-                ..*ask
-            };
-            match self.serve(&ask, Payload::NONE) {
-                Served::Answer(answer) => {
-                    self.counters.requests += 1;
-                    self.ready_or_delayed(ask.arrival.now, ask.arrival.nic, answer);
-                }
-                Served::Parked => self.counters.requests += 1,
-                Served::Dropped(why) => self.counters.dropped(why),
-                Served::Change(_) => {}
-            }
-        }
-    }
-
     /// Carries a request out.
-    fn serve(&mut self, ask: &Ask, payload: Payload) -> Served {
+    pub(super) fn serve(&mut self, ask: &Ask, payload: Payload) -> Served {
         let Ask {
             arrival: Arrival { now, nic, info },
             origin,

@@ -16,6 +16,7 @@
 
 mod admin;
 mod ata;
+mod coalesced;
 mod counters;
 mod extensions;
 mod pace;
@@ -41,6 +42,7 @@ use crate::wire::{
 };
 
 use ata::{Ask, Parked};
+use coalesced::Coalesced;
 use pace::Delayed;
 use saves::{Held, Saving};
 
@@ -50,11 +52,6 @@ pub use counters::{Counters, Dropped};
 const SAVE: Token = Token(u32::MAX);
 /// How often a failing disk is written about.
 const ERROR_LOG_INTERVAL: Duration = Duration::from_secs(1);
-/// Replies that may be ready at once before no further read of a frame is
-/// taken: its initiator asks again. As many as one frame can ask for, since the
-/// loop sends them before it takes the next.
-const READY_MAX: usize = 256;
-
 /// What an export is, apart from what frames make of it.
 #[derive(Clone, Debug)]
 pub struct Settings {
@@ -152,6 +149,7 @@ pub struct Target {
     /// Who has how many of them.
     places: Shares,
     ready: VecDeque<Ready>,
+    coalesced: Coalesced,
     /// Replies to initiators that have spoken of congestion, by their time.
     delayed: VecDeque<Delayed>,
     counters: Counters,
@@ -184,6 +182,7 @@ impl Target {
                 PARKED_HEADROOM as u64,
             ),
             ready: VecDeque::new(),
+            coalesced: Coalesced::new(),
             delayed: VecDeque::new(),
             counters: Counters::default(),
             started: now,
@@ -386,6 +385,7 @@ impl Target {
             }
         }
         self.release_delayed(now);
+        self.answer_further(now);
         if let Some(error) = self.volume.take_error() {
             let due = self
                 .error_logged
@@ -399,7 +399,7 @@ impl Target {
 
     /// Whether the disk has something for [`advance`](Target::advance).
     pub fn has_work(&mut self) -> bool {
-        self.volume.has_done()
+        !self.coalesced.is_empty() || self.volume.has_done()
     }
 
     /// Whether the disk may be changing the image now.
@@ -421,7 +421,10 @@ impl Target {
 
     /// Whether nothing is under way, so that one may stop.
     pub fn is_idle(&self) -> bool {
-        self.volume.is_idle() && self.ready.is_empty() && self.delayed.is_empty()
+        self.volume.is_idle()
+            && self.ready.is_empty()
+            && self.delayed.is_empty()
+            && self.coalesced.is_empty()
     }
 
     /// Brings all that was acknowledged to stable storage, as before an orderly

@@ -472,3 +472,32 @@ fn one_that_takes_all_places_leaves_another_its_own() {
     bench.open();
     assert_eq!(bench.wait().len(), PARKED_MAX + PARKED_HEADROOM);
 }
+
+/// An extension request, and frames of 255 reads of what the cache has.
+fn coalesced_reads() -> Host {
+    Host::new(BOB, every(2000), |n| match n {
+        0 => Ask::extensions(&["coalesced_read"]),
+        _ => {
+            let first = Ata {
+                count: 1,
+                opcode: opcode::READ,
+                ..Ata::default()
+            };
+            Ask::coalesced_read(first, 255, &[([1; 4], 0, 1); 255])
+        }
+    })
+}
+
+fn warm_reads(depth: usize) -> Host {
+    Host::new(ALICE, Pace::Closed(depth), |n| Ask::read(place(n, 0), 1))
+}
+
+#[test]
+fn coalesced_reads_of_one_leave_another_its_replies() {
+    let plan = Plan { warm: true, ..PLAN };
+    let short = Duration::from_millis(300);
+    for polite in [|| warm_reads(16), || warm_reads(64)] {
+        let ratio = ratio(plan, polite, coalesced_reads, short);
+        assert!(ratio >= LEAST, "{ratio:.2} of what it gets alone");
+    }
+}
