@@ -6,7 +6,7 @@
 //! (another MAC, or a VLAN we are not in), and it is to our shelf or every shelf
 //! and our slot or every slot. An answer passes only if it is
 //! broadcast and carries exactly our address: then another target claims to be
-//! us. While we ask for rivals, answers with our address pass, and nothing else.
+//! us. While we ask for rivals, answers under our tag pass, and nothing else.
 
 use crate::sys::packet::sock_filter;
 use crate::wire::{Address, ETHERTYPE, Shelf, Slot};
@@ -77,21 +77,19 @@ pub(super) fn requests(address: Address, index: u32) -> [sock_filter; 22] {
     ]
 }
 
-/// What is heard while we ask whether the address is taken.
-pub(super) fn answers(address: Address) -> [sock_filter; 10] {
-    const OK: u8 = 8;
-    const NO: u8 = 9;
+/// What is heard while we ask whether the address is taken: answers under our tag.
+pub(super) fn answers(tag: [u8; 4]) -> [sock_filter; 8] {
+    const OK: u8 = 6;
+    const NO: u8 = 7;
     [
         /*  0 */ op(LOAD_HALF, 12),
         /*  1 */ branch(1, IF_EQUAL, u32::from(ETHERTYPE), 2, NO),
         /*  2 */ op(LOAD_BYTE, 14),
         /*  3 */ branch(3, IF_SET, 0x08, 4, NO),
-        /*  4 */ op(LOAD_HALF, 16),
-        /*  5 */ branch(5, IF_EQUAL, u32::from(address.shelf.0), 6, NO),
-        /*  6 */ op(LOAD_BYTE, 18),
-        /*  7 */ branch(7, IF_EQUAL, u32::from(address.slot.0), OK, NO),
-        /*  8 */ op(RETURN, ACCEPT),
-        /*  9 */ op(RETURN, DROP),
+        /*  4 */ op(LOAD_WORD, 20),
+        /*  5 */ branch(5, IF_EQUAL, u32::from_be_bytes(tag), OK, NO),
+        /*  6 */ op(RETURN, ACCEPT),
+        /*  7 */ op(RETURN, DROP),
     ]
 }
 
@@ -110,7 +108,11 @@ mod tests {
             at += 1;
             let byte = |n: u32| frame.get(n as usize).copied().map(u32::from);
             match i.code {
-                LOAD_WORD => a = INDEX,
+                LOAD_WORD if i.k >= (libc::SKF_AD_OFF as u32) => a = INDEX,
+                LOAD_WORD => match frame.get(i.k as usize..i.k as usize + 4) {
+                    Some(bytes) => a = u32::from_be_bytes(bytes.try_into().unwrap()),
+                    None => return false,
+                },
                 LOAD_BYTE if i.k >= (libc::SKF_AD_OFF as u32) => a = u32::from(packet_type),
                 LOAD_BYTE => match byte(i.k) {
                     Some(b) => a = b,
@@ -162,8 +164,9 @@ mod tests {
                 (shelf, slot) == (1, 4)
             );
             assert!(!accepts(&program, &answer, libc::PACKET_HOST));
-            assert_eq!(accepts(&answers(ours), &answer, 0), (shelf, slot) == (1, 4));
-            assert!(!accepts(&answers(ours), &request, 0));
+            assert!(accepts(&answers([0; 4]), &answer, 0));
+            assert!(!accepts(&answers([0, 0, 0, 1]), &answer, 0));
+            assert!(!accepts(&answers([0; 4]), &request, 0));
         }
         let mut other = frame(1, 4, 0);
         other[12] = 8;

@@ -3,6 +3,10 @@
 //! Two targets with one address destroy a disk, since an initiator takes them
 //! for two paths to it. So before anything is served, sockets of their own ask
 //! for our shelf and slot, and whoever answers is a rival: we do not yet.
+//!
+//! A host that answers for every address is no target. So each round asks for a
+//! random address as well; whoever answers for all of those is ignored. A real
+//! target does not have all of them, whichever it has.
 
 use std::io;
 use std::os::fd::AsFd;
@@ -11,13 +15,15 @@ use std::time::{Duration, Instant};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use super::{Nic, NicError, NicTrouble, filter};
-use crate::sys::link::Link;
+use crate::sys::link::{Link, LinkKind};
 use crate::sys::mmsg::BatchReceiver;
 use crate::sys::packet::PacketSocket;
-use crate::wire::{Address, ETHERTYPE, MIN_FRAME, MacAddr, Request, config};
+use crate::wire::{Address, ETHERTYPE, MacAddr, Request, config};
 
 /// The question is asked so often in the time there is, since one may be lost.
-const TIMES: u32 = 3;
+const ROUNDS: u32 = 3;
+/// Hosts whose answers are told apart; of more, each that answers is a rival.
+const ANSWERERS_MAX: usize = 64;
 
 /// Another target that answers under our address.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -28,66 +34,140 @@ pub struct Rival {
     pub nic: String,
 }
 
+/// What is asked, and recognised again in the answers.
+#[derive(Debug)]
+struct Questions {
+    tag: [u8; 4],
+    address: Address,
+    /// One for each round.
+    random: [Address; ROUNDS as usize],
+}
+
+impl Questions {
+    /// The questions for `address`, with random addresses and a tag from `seed`.
+    fn new(address: Address, seed: [u8; 16]) -> Questions {
+        let number = u128::from_be_bytes(seed);
+        let random = |round: usize| {
+            // Three bytes each, and neither ours nor a broadcast one.
+            let bits = (number >> (32 + 24 * round)) as u32;
+            let (mut shelf, slot) = ((bits >> 8) as u16 % 0xFFFF, bits as u8 % 0xFF);
+            if shelf == address.shelf.0 {
+                shelf = (shelf + 1) % 0xFFFF;
+            }
+            Address::new(shelf, slot).unwrap_or(address)
+        };
+        Questions {
+            tag: (number as u32).to_be_bytes(),
+            address,
+            random: [random(0), random(1), random(2)],
+        }
+    }
+}
+
+/// A host that has answered, and for what.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Answerer {
+    who: Rival,
+    ours: bool,
+    /// A bit for each random address.
+    random: u32,
+}
+
+/// All that have answered.
+#[derive(Debug, Default)]
+struct Answerers(Vec<Answerer>);
+
+impl Answerers {
+    /// Notes that a host answers for an address.
+    fn note(&mut self, questions: &Questions, who: Rival, address: Address) {
+        let ours = address == questions.address;
+        let random = questions.random.iter().enumerate();
+        let random = random.filter(|(_, a)| **a == address);
+        let random = random.fold(0, |bits, (round, _)| bits | 1 << round);
+        if let Some(known) = self.0.iter_mut().find(|a| a.who == who) {
+            known.ours |= ours;
+            known.random |= random;
+        } else if self.0.len() < ANSWERERS_MAX || (ours && self.0.len() == ANSWERERS_MAX) {
+            self.0.push(Answerer { who, ours, random });
+        }
+    }
+
+    /// The first that answers for our address alone, and all that answer for
+    /// every address.
+    fn verdict(self) -> (Option<Rival>, Vec<Rival>) {
+        const EVERY: u32 = (1 << ROUNDS) - 1;
+        let ours = self.0.into_iter().filter(|a| a.ours);
+        let (liars, rivals): (Vec<_>, Vec<_>) = ours.partition(|a| a.random == EVERY);
+        let rival = rivals.into_iter().next().map(|a| a.who);
+        (rival, liars.into_iter().map(|a| a.who).collect())
+    }
+}
+
 /// A socket that asks.
 struct Asker<'a> {
     nic: &'a str,
+    link: Link,
     socket: PacketSocket,
     receiver: BatchReceiver,
-    question: [u8; MIN_FRAME],
 }
 
 impl<'a> Asker<'a> {
-    fn open(nic: &'a str, link: &Link, address: Address, tag: [u8; 4]) -> io::Result<Asker<'a>> {
+    fn open(nic: &'a str, link: &Link, questions: &Questions) -> io::Result<Asker<'a>> {
         let socket = PacketSocket::open()?;
-        socket.attach_filter(&filter::answers(address))?;
+        socket.attach_filter(&filter::answers(questions.tag))?;
         socket.ignore_outgoing()?;
         let receiver = BatchReceiver::new(&socket, link.mtu)?;
         socket.bind(link.index, ETHERTYPE)?;
-        let question = config::question(MacAddr(link.mac), address, tag);
         Ok(Asker {
             nic,
+            link: *link,
             socket,
             receiver,
-            question,
         })
     }
 
-    fn ask(&self) {
+    fn ask(&self, address: Address, tag: [u8; 4]) {
+        let question = config::question(MacAddr(self.link.mac), address, tag);
         // A link that is down takes no question, and holds no rival either.
-        let _ = self
-            .socket
-            .send(std::iter::once([&self.question[..], &[], &[]]));
+        let _ = self.socket.send(std::iter::once([&question[..], &[], &[]]));
     }
 
-    /// Who has answered, if someone has.
-    fn hear(&mut self, tag: [u8; 4]) -> Option<MacAddr> {
+    /// Takes the answers that have come.
+    fn hear(&mut self, questions: &Questions, answerers: &mut Answerers) {
         while self.receiver.refill(&self.socket).unwrap_or(false) {
-            let frame = self.receiver.peek()?;
+            let Some(frame) = self.receiver.peek() else {
+                return;
+            };
             let answer = Request::parse(frame.bytes).ok();
-            let mac = answer.filter(|a| a.is_response && a.origin.tag == tag);
-            let mac = mac.map(|a| a.origin.source);
+            let answer = answer.filter(|a| a.is_response && a.origin.tag == questions.tag);
+            let answer = answer.and_then(|a| {
+                let address = Address::new(a.shelf.0, a.slot.0)?;
+                Some((a.origin.source, address))
+            });
             self.receiver.release();
-            if mac.is_some() {
-                return mac;
+            if let Some((mac, address)) = answer {
+                let nic = self.nic.to_owned();
+                answerers.note(questions, Rival { mac, nic }, address);
             }
         }
-        None
     }
 }
 
-/// Asks on all NICs that have a link, for `time` in all; the first who answers.
+/// Asks on all NICs that have a link, for `time` in all. Returns the first who
+/// has our address; who answers for every address is warned about.
 pub fn rival(
     nics: &[Nic],
     address: Address,
-    tag: [u8; 4],
+    seed: [u8; 16],
     time: Duration,
 ) -> Result<Option<Rival>, NicError> {
+    let questions = Questions::new(address, seed);
     let mut askers = Vec::new();
     for nic in nics {
         let Some(link) = nic.link.filter(|link| link.running) else {
             continue;
         };
-        let asker = Asker::open(&nic.name, &link, address, tag).map_err(|e| NicError {
+        let asker = Asker::open(&nic.name, &link, &questions).map_err(|e| NicError {
             name: nic.name.clone(),
             why: NicTrouble::System("asking for our address", e),
         })?;
@@ -96,18 +176,21 @@ pub fn rival(
     if askers.is_empty() {
         return Ok(None);
     }
+    let mut answerers = Answerers::default();
     let start = Instant::now();
-    for round in 1..=TIMES {
-        askers.iter().for_each(Asker::ask);
+    for (round, random) in (1..).zip(questions.random) {
+        for asker in &askers {
+            // All on the loopback interface have one MAC: there nobody is told
+            // apart, and so nobody is ignored.
+            if asker.link.kind != LinkKind::Loopback {
+                asker.ask(random, questions.tag);
+            }
+            asker.ask(address, questions.tag);
+        }
         loop {
-            let left = (time * round / TIMES).saturating_sub(start.elapsed());
+            let left = (time * round / ROUNDS).saturating_sub(start.elapsed());
             for asker in &mut askers {
-                if let Some(mac) = asker.hear(tag) {
-                    return Ok(Some(Rival {
-                        mac,
-                        nic: asker.nic.to_owned(),
-                    }));
-                }
+                asker.hear(&questions, &mut answerers);
             }
             if left.is_zero() {
                 break;
@@ -121,5 +204,79 @@ pub fn rival(
             let _ = poll(&mut fds, timeout.unwrap_or(PollTimeout::MAX));
         }
     }
-    Ok(None)
+    let (rival, liars) = answerers.verdict();
+    for Rival { mac, nic } in liars {
+        log::warn!(
+            "{address}: {mac} on {nic} answers for every address, and is not taken for another \
+             target; find out what that host does"
+        );
+    }
+    Ok(rival)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn questions() -> Questions {
+        Questions::new(
+            Address::new(1, 1).unwrap(),
+            std::array::from_fn(|n| n as u8 * 3),
+        )
+    }
+
+    fn host(number: u8) -> Rival {
+        Rival {
+            mac: MacAddr([2, 0, 0, 0, 0, number]),
+            nic: "eth0".into(),
+        }
+    }
+
+    #[test]
+    fn who_answers_for_every_address_is_no_rival_and_who_leaves_one_out_is() {
+        let questions = questions();
+        let every = questions.random.into_iter().chain([questions.address]);
+        let every: Vec<Address> = every.collect();
+        for left_out in 0..3 {
+            let mut answerers = Answerers::default();
+            for address in &every {
+                answerers.note(&questions, host(1), *address);
+            }
+            for (n, address) in every.iter().enumerate() {
+                if n != left_out {
+                    answerers.note(&questions, host(2), *address);
+                }
+            }
+            assert_eq!(answerers.verdict(), (Some(host(2)), vec![host(1)]));
+        }
+        // Answers for others than ours concern nobody.
+        let mut answerers = Answerers::default();
+        for address in &every[..3] {
+            answerers.note(&questions, host(1), *address);
+        }
+        assert_eq!(answerers.verdict(), (None, vec![]));
+    }
+
+    #[test]
+    fn many_that_answer_hide_no_rival_and_take_no_memory() {
+        let questions = questions();
+        let mut answerers = Answerers::default();
+        for number in 0..=255 {
+            answerers.note(&questions, host(number), questions.random[0]);
+        }
+        for number in (0..=255).rev() {
+            answerers.note(&questions, host(number), questions.address);
+        }
+        assert_eq!(answerers.0.len(), ANSWERERS_MAX + 1);
+        assert!(answerers.verdict().0.is_some());
+    }
+
+    #[test]
+    fn the_random_addresses_are_none_of_ours() {
+        for byte in 0..=255 {
+            let ours = Address::new(u16::from_be_bytes([byte, byte]) % 0xFFFF, 3).unwrap();
+            let questions = Questions::new(ours, [byte; 16]);
+            assert!(!questions.random.contains(&ours), "{questions:?}");
+        }
+    }
 }

@@ -567,7 +567,7 @@ fn real_time() -> u64 {
     u64::try_from(since.as_nanos()).unwrap_or(u64::MAX)
 }
 
-/// A name for a shadow that no other has.
+/// A number that no other has: the name of a shadow, the tag of a question.
 fn uuid() -> [u8; 16] {
     let text = std::fs::read_to_string("/proc/sys/kernel/random/uuid").unwrap_or_default();
     let digits: String = text.chars().filter(char::is_ascii_hexdigit).collect();

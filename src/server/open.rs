@@ -1,5 +1,6 @@
-//! From checked options to an export that is ready: every refusal comes before
-//! anything is made or changed.
+//! From checked options to an export that is ready: a refusal comes before
+//! anything is made, and changes nothing but that what a dead target has left is
+//! on its image.
 
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::net::{SocketAddr, UnixDatagram};
@@ -9,13 +10,13 @@ use std::time::{Duration, Instant};
 use nix::sys::eventfd::EventFd;
 
 use super::wait::Wait;
-use super::{Export, ServeError, real_time};
+use super::{Export, ServeError, uuid};
 use crate::access::{MacSet, WireState};
 use crate::config::{DiskEngine, Options, Tuneup};
 use crate::drive::Identity;
 use crate::net::{Nic, NicError, NicId, NicTrouble, PortOptions, probe};
 use crate::store::{
-    ArenaOptions, Backing, Cache, DIRTY_MIN, Disk, FoundShadow, Image, ImageError, Pool,
+    ArenaOptions, Backing, Cache, DIRTY_MIN, Disk, FoundShadow, Image, ImageError, Pool, Record,
     ShadowOptions, ShadowSide, ShadowStore, StateFile, UringDisk, Volume, VolumeOptions,
     block_bytes, find_shadow, prepare, shadow_limit_min,
 };
@@ -64,20 +65,13 @@ pub(super) fn open(options: &Options) -> Result<Export, ServeError> {
         }
     }
 
+    // What a dead target has left is brought to the image before anyone on the
+    // network is asked anything: an answer must not delay that. An image that
+    // is yet to be made waits for nothing, and is not made for a refusal.
+    let is_new = options.image.create.is_some() && !options.image.path.exists();
     let mut claims = Vec::new();
-    if !options.shared_address {
-        for nic in &nics {
-            claims.push(claim(address, &nic.name)?);
-        }
-        let tag = (real_time() as u32 ^ std::process::id()).to_be_bytes();
-        let rival = probe::rival(&nics, address, tag, tuneup.address_probe);
-        if let Some(rival) = rival.map_err(ServeError::Nic)? {
-            return Err(ServeError::Rival(address, rival));
-        }
-    }
-
-    if options.image.create.is_some() && !options.image.path.exists() {
-        // What is refused is refused before the image is made.
+    if is_new {
+        claims = take_address(options, &nics)?;
         load_state(options)?;
     }
     let image = Arc::new(Image::open(&options.image).map_err(ServeError::Image)?);
@@ -120,7 +114,15 @@ pub(super) fn open(options: &Options) -> Result<Export, ServeError> {
         cache_size: tuneup.cache_size,
         discard: options.discard_arena,
     };
-    let prepared = prepare(&image, &arena_options, shadow.as_mut()).map_err(ServeError::Recover)?;
+    let mut prepared =
+        prepare(&image, &arena_options, shadow.as_mut()).map_err(ServeError::Recover)?;
+    if !is_new {
+        claims = take_address(options, &nics).inspect_err(|_| {
+            // Nothing is in the arena yet. The refusal is the error to tell.
+            let _ = prepared.record.take().map(Record::remove);
+            let _ = prepared.arena.remove();
+        })?;
+    }
     let slots = u64::from(prepared.arena.count());
     let dirty_max = (slots * u64::from(tuneup.dirty_ratio) / 100).max(DIRTY_MIN) as u32;
     let cache = Cache::new(prepared.arena, image.align(), dirty_max);
@@ -261,6 +263,21 @@ fn tell_write_cache(address: Address, file: &StateFile, state: &WireState) {
              for it; they are write_cache_off in {path}",
             MacSet::MAX
         );
+    }
+}
+
+/// Takes the address, among the processes of this machine and then on the
+/// network, unless it is to be shared.
+fn take_address(options: &Options, nics: &[Nic]) -> Result<Vec<UnixDatagram>, ServeError> {
+    let (address, time) = (options.address, options.tuneup.address_probe);
+    if options.shared_address {
+        return Ok(Vec::new());
+    }
+    let claims = nics.iter().map(|nic| claim(address, &nic.name));
+    let claims = claims.collect::<Result<Vec<_>, _>>()?;
+    match probe::rival(nics, address, uuid(), time).map_err(ServeError::Nic)? {
+        Some(rival) => Err(ServeError::Rival(address, rival)),
+        None => Ok(claims),
     }
 }
 

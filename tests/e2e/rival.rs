@@ -1,16 +1,21 @@
 //! Another target that has our address.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use aoede::wire::MacAddr;
+use initiator::answerer::{Answerer, Options};
 use initiator::client::Client;
 use initiator::frame::{Frame, SECTOR};
 use initiator::lab::{self, Deadline, Namespace, Need, Process, Spawn};
+use initiator::port::Receive;
 
-use crate::support::{AOEDE, Store, command, serve, stop};
-use crate::workshop::{Ended, Lab, mac_of, run, soon, timed};
+use crate::support::{AOEDE, Store, command, files, serve, stop};
+use crate::workshop::{Ended, Lab, mac_of, run, sector, soon, timed};
 
 const IMAGE: u64 = 2048;
 
@@ -106,6 +111,94 @@ fn a_vblade_at_the_other_end_is_found_and_we_refuse() {
     let _vblade = vblade(&lab.peer, "ini0", "1", &theirs.image());
     let mac = mac_of(&lab.peer, "ini0");
     assert_refused(&try_to_serve(&lab.host, &["tgt0"], &[]), mac, "tgt0");
+}
+
+/// A host that answers whatever address is asked for, until it is dropped.
+struct Liar {
+    stop: Arc<AtomicBool>,
+    thread: Option<JoinHandle<u64>>,
+}
+
+impl Liar {
+    fn start(namespace: &Namespace, nic: &str, shelf: u16, slot: u8) -> Liar {
+        let options = Options {
+            shelf,
+            slot,
+            size: 4096,
+            receive: Receive::Recvmmsg,
+            spin: Duration::ZERO,
+        };
+        let mut answerer = namespace
+            .enter(|| Answerer::open(nic, &options))
+            .unwrap()
+            .unwrap();
+        let stop = Arc::new(AtomicBool::new(false));
+        let seen = Arc::clone(&stop);
+        let thread = Some(thread::spawn(move || answerer.run(&seen).unwrap()));
+        Liar { stop, thread }
+    }
+}
+
+impl Drop for Liar {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+        let _ = self.thread.take().map(JoinHandle::join);
+    }
+}
+
+#[test]
+fn a_host_that_answers_for_every_address_keeps_nobody_from_starting() {
+    if !lab::require("a host that answers every probe", &[Need::Network]) {
+        return;
+    }
+    let (lab, ours) = (Lab::new(2, 1500), Store::new(IMAGE));
+    let _liar = Liar::start(&lab.peer, "ini0", 0xFFFF, 0xFF);
+    // Time enough for its answers on a busy machine.
+    let slow = ["--set", "address_probe=2000"];
+    let output = stop(serve(&lab.host, &ours, &["tgt0", "tgt1"], &slow));
+    let line = output.iter().find(|l| l.contains("every address")).unwrap();
+    let mac = mac_of(&lab.peer, "ini0");
+    for part in ["warning", "e1.1", &mac.to_string(), "tgt0"] {
+        assert!(line.contains(part), "no '{part}' in: {line}");
+    }
+    // A rival beside it is found, and so is one that -m excludes: hosts hear it.
+    let theirs = Store::new(IMAGE);
+    let other = serve(&lab.peer, &theirs, &["ini1"], &[]);
+    let options = [&slow[..], &["-m", "020000000001"]].concat();
+    let refused = try_to_serve(&lab.host, &["tgt0", "tgt1"], &options);
+    assert_eq!(refused.code, Some(1), "{refused:?}");
+    let mac = mac_of(&lab.peer, "ini1");
+    let named = format!("{mac} answers under it on tgt1");
+    assert!(refused.err.contains(&named), "{refused:?}");
+    stop(other);
+}
+
+#[test]
+fn an_answer_delays_nothing_that_a_dead_target_has_left() {
+    if !lab::require("recovery before the question", &[Need::Network]) {
+        return;
+    }
+    let (lab, ours) = (Lab::new(1, 1500), Store::new(IMAGE));
+    let held = [
+        "--set",
+        "idle_flush=600000",
+        "--set",
+        "max_dirty_age=600000",
+    ];
+    let mut target = serve(&lab.host, &ours, &["tgt0"], &held);
+    lab.client(0).write(7, &sector(7, 1)).unwrap();
+    target.kill().unwrap();
+    assert_eq!(ours.sectors(7, 1), [0; SECTOR]);
+    let _rival = Liar::start(&lab.peer, "ini0", 1, 1);
+    let mut refused = command(&lab.host, &ours, &["tgt0"], &[]).start().unwrap();
+    assert_eq!(refused.wait(soon()).unwrap().code(), Some(1));
+    let output = refused.output();
+    assert!(output.iter().any(|l| l.contains("is taken")), "{output:?}");
+    assert_eq!(ours.sectors(7, 1), sector(7, 1), "{output:?}");
+    // It leaves no arena, which would cost memory, and no record of one.
+    assert_eq!(files(&ours.state(), ".arena.toml"), Vec::<PathBuf>::new());
+    let shared = serve(&lab.host, &ours, &["tgt0"], &["--shared-address"]);
+    stop(shared);
 }
 
 #[test]

@@ -21,13 +21,15 @@ const HEAD: usize = 64;
 /// How long it may take to see that it is to stop.
 const LOOK: Duration = Duration::from_millis(50);
 const PAGE: usize = 4096;
+const EVERY_SHELF: u16 = 0xFFFF;
+const EVERY_SLOT: u8 = 0xFF;
 
 /// What an [`Answerer`] is made of.
 #[derive(Clone, Copy, Debug)]
 pub struct Options {
-    /// Shelf.
+    /// Shelf; 0xFFFF answers for all of them, as no honest target does.
     pub shelf: u16,
-    /// Slot.
+    /// Slot; 0xFF answers for all of them.
     pub slot: u8,
     /// Bytes of memory, whole sectors of which are the disk.
     pub size: usize,
@@ -151,8 +153,13 @@ impl Disk {
         head[12..BODY].copy_from_slice(&request[12..BODY]);
         head[14] = 0x10 | FLAG_RESPONSE;
         head[15] = 0;
-        head[16..18].copy_from_slice(&self.shelf.to_be_bytes());
-        head[18] = self.slot;
+        // What stands there already is what was asked for.
+        if self.shelf != EVERY_SHELF {
+            head[16..18].copy_from_slice(&self.shelf.to_be_bytes());
+        }
+        if self.slot != EVERY_SLOT {
+            head[18] = self.slot;
+        }
         let part = match request[19] {
             ATA => self.ata(request, head),
             CONFIG => self.config(request, head),
@@ -170,8 +177,10 @@ impl Disk {
         request.len() >= BODY
             && request[14] >> 4 == 1
             && (request[..6] == self.mac.0 || request[..6] == MacAddr::BROADCAST.0)
-            && (request[16..18] == self.shelf.to_be_bytes() || request[16..18] == [0xFF; 2])
-            && (request[18] == self.slot || request[18] == 0xFF)
+            && (self.shelf == EVERY_SHELF
+                || request[16..18] == self.shelf.to_be_bytes()
+                || request[16..18] == [0xFF; 2])
+            && (self.slot == EVERY_SLOT || request[18] == self.slot || request[18] == EVERY_SLOT)
     }
 
     /// Registers and data; says how long the head is and what memory follows.
