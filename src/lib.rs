@@ -11,7 +11,7 @@
 //! 3  session, store              initiators; volume, jobs, image, saved state
 //! 2  access, dedup, drive,       who may; tag window; ATA; freeze orders;
 //!    freeze, net                 interfaces
-//! 1  wire, sys                   bytes and types; the kernel (all `unsafe`)
+//! 1  wire, sys, text             bytes and types; the kernel (all `unsafe`); words
 //! 0  shadow (a crate)            extents, the shadow file
 //! ```
 //!
@@ -34,4 +34,5 @@ pub mod store;
 #[allow(unsafe_code)]
 pub mod sys;
 pub mod target;
+pub mod text;
 pub mod wire;

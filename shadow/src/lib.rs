@@ -91,3 +91,4 @@ pub use map::{Commit, Map};
 pub use open::OpenError;
 pub use overlay::{Progress, Shadow};
 pub use paths::{Found, PathError, Paths, ShadowFile};
+pub use sys::{LoopBacking, loop_backing};

@@ -58,6 +58,8 @@ pub struct LoopBacking {
     pub device: u64,
     /// Inode of the backing file.
     pub inode: u64,
+    /// Device number of the backing file, if that is a block device itself.
+    pub rdevice: u64,
     /// First byte of the file that the device shows.
     pub offset: u64,
     /// The most bytes that it shows, 0 for all.
@@ -88,6 +90,7 @@ pub fn loop_backing(file: &File) -> io::Result<LoopBacking> {
     Ok(LoopBacking {
         device: info.device,
         inode: info.inode,
+        rdevice: info.rdevice,
         offset: info.offset,
         size_limit: info.size_limit,
     })

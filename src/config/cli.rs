@@ -14,8 +14,8 @@ use clap::Parser;
                   Settings for --set and --tuneup: see tuneup.toml(5). More: aoede(8)."
 )]
 pub struct Cli {
-    /// SHELF (0..65534), SLOT (0..254), one or more network interfaces, and the
-    /// image: a regular file or block device
+    /// SHELF (0..65534) and SLOT (0..254), or both as e1.1, one or more network
+    /// interfaces, and the image: a regular file or block device
     #[arg(value_name = "SHELF SLOT NETIF.. IMAGE")]
     pub positions: Vec<String>,
 
@@ -71,6 +71,11 @@ pub struct Cli {
     /// /run is no memory
     #[arg(long, value_name = "DIR")]
     pub run_dir: Option<PathBuf>,
+
+    /// Serve a block device that is mounted, part of another device, or attached
+    /// twice
+    #[arg(long)]
+    pub force: bool,
 
     /// Give up acknowledged writes that a dead target has left and that cannot
     /// be used

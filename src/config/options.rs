@@ -150,17 +150,29 @@ impl TryFrom<Cli> for Options {
     type Error = ConfigError;
 
     fn try_from(cli: Cli) -> Result<Options, ConfigError> {
-        let [shelf, slot, nics @ .., image] = cli.positions.as_slice() else {
-            return Err(usage(
-                "expected SHELF SLOT NETIF [NETIF..] IMAGE; see --help",
-            ));
+        let (address, rest) = match cli.positions.as_slice() {
+            [one, rest @ ..] if one.contains('.') => {
+                let (shelf, slot) = one.split_once('.').unwrap_or_default();
+                (
+                    address(shelf.strip_prefix('e').unwrap_or(shelf), slot)?,
+                    rest,
+                )
+            }
+            [shelf, slot, rest @ ..] if !rest.is_empty() => (address(shelf, slot)?, rest),
+            _ => {
+                return Err(usage(
+                    "expected SHELF SLOT NETIF [NETIF..] IMAGE, or e1.1 for 1 1; see --help",
+                ));
+            }
         };
-        if nics.is_empty() {
-            return Err(usage(
-                "no network interface is named: SHELF SLOT NETIF [NETIF..] IMAGE",
-            ));
-        }
-        let address = address(shelf, slot)?;
+        let (nics, image) = match rest {
+            [nics @ .., image] if !nics.is_empty() => (nics, image),
+            _ => {
+                return Err(usage(
+                    "no network interface is named: SHELF SLOT NETIF [NETIF..] IMAGE",
+                ));
+            }
+        };
         let mut seen = HashSet::new();
         if let Some(twice) = nics.iter().find(|nic| !seen.insert(*nic)) {
             return Err(usage(format!(
@@ -204,6 +216,7 @@ impl TryFrom<Cli> for Options {
                 direct: cli.direct,
                 read_only: cli.read_only,
                 window: window(cli.offset.as_deref(), cli.length.as_deref())?,
+                force: cli.force,
             },
             buffers: number("-b", &cli.buffers, 2, u64::from(u16::MAX))? as u16,
             durable: cli.durable,
@@ -268,6 +281,9 @@ fn create(text: &str) -> Result<Create, ConfigError> {
         Some(bytes) if bytes >= 512 && bytes % 512 == 0 && i64::try_from(bytes).is_ok() => {
             Ok(Create { bytes, prealloc })
         }
+        Some(0) => Err(usage(format!(
+            "--create {text}: a disk has 512 bytes at least; give a size such as 64M or 10G"
+        ))),
         Some(_) => Err(usage(format!(
             "--create {text}: the size is no multiple of 512 bytes"
         ))),

@@ -341,12 +341,18 @@ impl Tuneup {
             }
             (Kind::Flag(set), Value::Flag(flag)) => set(self, flag),
             (Kind::Flag(_), _) => return Err(format!("{key} takes true or false")),
-            (Kind::Text(max, set), Value::Text(text)) if text.len() <= *max => set(self, text),
-            (Kind::Text(max, set), Value::Number(number)) if number.to_string().len() <= *max => {
-                set(self, number.to_string());
-            }
-            (Kind::Text(max, _), _) => {
-                return Err(format!("{key} takes a text of at most {max} characters"));
+            (Kind::Text(max, set), value) => {
+                let takes = format!("{key} takes a text of at most {max} characters");
+                let text = match value {
+                    Value::Text(text) => text,
+                    Value::Number(number) => number.to_string(),
+                    _ => return Err(takes),
+                };
+                // IDENTIFY has a byte for each character, '?' for one outside ASCII.
+                match text.chars().count() {
+                    count if count <= *max => set(self, text),
+                    count => return Err(format!("{takes}; this one has {count}")),
+                }
             }
             (Kind::Engine(set), Value::Text(text)) => match text.parse() {
                 Ok(engine) => set(self, engine),
@@ -458,7 +464,8 @@ mod tests {
         assert!(read("spin = -1").starts_with("my.toml:1: spin takes"));
         assert!(read("ring_size = \"4X\"").contains("such as \"4M\""));
         assert!(read("a = 1\nb = = 2").starts_with("my.toml:2: "));
-        assert!(read("serial = \"123456789012345678901\"").contains("at most 20"));
+        let long = read("serial = \"123456789012345678901\"");
+        assert!(long.contains("at most 20 characters; this one has 21"));
         assert!(read("whatever = 1").contains("lists them"));
     }
 
@@ -475,6 +482,10 @@ mod tests {
         ] {
             tuneup.set(setting).unwrap();
         }
+        // 20 characters, not 20 bytes.
+        let serial = "k\u{fc}chen-\u{fc}\u{fc}\u{fc}\u{fc}\u{fc}\u{fc}\u{fc}\u{fc}\u{fc}\u{fc}\u{fc}\u{fc}\u{fc}";
+        assert_eq!((serial.chars().count(), serial.len()), (20, 34));
+        Tuneup::default().set(&format!("serial={serial}")).unwrap();
         assert_eq!(tuneup.receive, EngineChoice::Recvmmsg);
         assert_eq!((tuneup.ring_size, tuneup.spin), (1 << 20, Duration::ZERO));
         assert_eq!(

@@ -22,6 +22,7 @@ use crate::sys::link::LinkWatch;
 use crate::sys::packet::BATCH;
 use crate::sys::signals::{Event, Signals};
 use crate::target::{Action, Target};
+use crate::text::count;
 use crate::wire::{Address, MacAddr, sectors_per_frame};
 
 use wait::Wait;
@@ -158,11 +159,8 @@ impl Export {
     pub fn describe(&self) -> Vec<String> {
         let mut lines: Vec<String> = self.nics.iter().map(describe_nic).collect();
         let mode = if self.read_only { "ro" } else { "rw" };
-        let (pid, sectors) = (std::process::id(), self.target.sectors());
-        lines.push(format!(
-            "pid {pid}: {}, {sectors} sectors, {mode}",
-            self.address
-        ));
+        let (pid, sectors) = (std::process::id(), count(self.target.sectors(), "sector"));
+        lines.push(format!("pid {pid}: {}, {sectors}, {mode}", self.address));
         lines
     }
 
@@ -582,12 +580,9 @@ fn describe_nic(nic: &Nic) -> String {
     match nic.link {
         Some(link) => {
             let (mac, mtu) = (MacAddr(link.mac), link.mtu);
-            let sectors = sectors_per_frame(mtu);
+            let sectors = count(u64::from(sectors_per_frame(mtu)), "sector");
             let down = if link.running { "" } else { ", link down" };
-            format!(
-                "{}: {mac}, MTU {mtu}, {sectors} sectors per frame{down}",
-                nic.name
-            )
+            format!("{}: {mac}, MTU {mtu}, {sectors} per frame{down}", nic.name)
         }
         None => format!("{}: not there", nic.name),
     }

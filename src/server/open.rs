@@ -22,6 +22,7 @@ use crate::store::{
 };
 use crate::sys::link::LinkWatch;
 use crate::target::{Settings, Target};
+use crate::text::count;
 use crate::wire::{Address, ETHERNET_HEADER};
 
 /// A shelf that the Linux driver does not take devices from.
@@ -81,10 +82,7 @@ pub(super) fn open(options: &Options) -> Result<Export, ServeError> {
             why,
         })
     })?;
-    if image.cut_off() > 0 {
-        let (path, bytes) = (image.path().display(), image.cut_off());
-        log::warn!("image {path}: its last {bytes} bytes make no whole sector and are cut off");
-    }
+    warn_of(options, &image);
 
     // Only now that the image is locked: whoever served it before us writes
     // its state no more.
@@ -182,6 +180,33 @@ pub(super) fn open(options: &Options) -> Result<Export, ServeError> {
         rival_logged: None,
         unmerged: 0,
     })
+}
+
+/// Says what is odd about an image that is served all the same.
+fn warn_of(options: &Options, image: &Image) {
+    let (address, path) = (options.address, image.path().display());
+    if image.cut_off() > 0 {
+        let bytes = count(image.cut_off(), "byte");
+        log::warn!("{address}: {path}: its last {bytes} make no whole sector and are cut off");
+    }
+    let bytes = image.changed_and_size().map_or(0, |(_, bytes)| bytes);
+    if let Some(create) = options.image.create.filter(|c| c.bytes != bytes) {
+        log::warn!(
+            "{address}: {path}: exists with {bytes} bytes and is served as it is, not made with {} \
+             (--create)",
+            create.bytes
+        );
+    }
+    let (user, loops) = image.users();
+    if let Some(user) = user.filter(|_| options.image.force) {
+        log::warn!("{address}: {path}: {user}; served all the same (--force)");
+    }
+    for device in loops {
+        log::warn!(
+            "{address}: {path}: is attached to {device} as well, where writes of hosts and of this \
+             machine destroy each other's; detach it with 'losetup -d {device}'"
+        );
+    }
 }
 
 /// What does the work of a freeze, where a shadow was named.

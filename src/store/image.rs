@@ -1,6 +1,7 @@
 //! The image: a file or block device, opened, locked and measured.
 
 mod error;
+mod in_use;
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, IoSlice};
@@ -22,8 +23,10 @@ use super::disk::Backing;
 use super::volume::Bounds;
 use crate::sys::buffer::{Body, Buf, BufSlice};
 use crate::sys::file::{block_device, direct_align, read_now};
+use crate::sys::lock::{self, Holder, Lock};
 
 pub use error::{ImageError, ImageTrouble};
+pub use in_use::User;
 
 /// How long a lock that someone still holds is asked for again: io_uring may
 /// keep a dead process's file open for a moment.
@@ -47,10 +50,10 @@ impl Window {
     /// How many sectors it shows of an image of so many.
     fn of(self, sectors: u64) -> Result<u64, ImageTrouble> {
         let rest = sectors.checked_sub(self.offset);
-        let length = rest.map(|rest| (self.length.unwrap_or(rest), rest));
-        match length {
-            Some((0, _)) => Err(ImageTrouble::WindowEmpty),
-            Some((length, rest)) if length <= rest => Ok(length),
+        let rest = rest.filter(|rest| *rest > 0);
+        let rest = rest.ok_or(ImageTrouble::StartPastEnd(sectors))?;
+        match self.length.unwrap_or(rest) {
+            length if (1..=rest).contains(&length) => Ok(length),
             _ => Err(ImageTrouble::WindowPastEnd(sectors)),
         }
     }
@@ -78,6 +81,8 @@ pub struct ImageOptions {
     pub read_only: bool,
     /// What part of it.
     pub window: Window,
+    /// Also a device that someone else uses.
+    pub force: bool,
 }
 
 /// An open image. One open file description carries its lock and its I/O.
@@ -113,6 +118,9 @@ impl Image {
         let kind = match std::fs::metadata(&options.path) {
             Ok(metadata) => metadata.file_type(),
             Err(e) if e.kind() == io::ErrorKind::NotFound => {
+                if let Ok(to) = std::fs::read_link(&options.path) {
+                    return Err(ImageTrouble::Dangling(to));
+                }
                 let create = options.create.ok_or(ImageTrouble::Missing)?;
                 // What is refused is refused before anything is made.
                 options.window.of(create.bytes / SECTOR)?;
@@ -127,8 +135,17 @@ impl Image {
         if !is_device && !kind.is_file() {
             return Err(ImageTrouble::NotADisk);
         }
+        if is_device && !options.force {
+            let number = std::fs::metadata(&options.path).map_err(step("looking at it"))?;
+            if let Some(user) = in_use::user_of(number.rdev()) {
+                return Err(ImageTrouble::Busy(Some(user)));
+            }
+        }
         let file = patiently(|| open(options, is_device))?;
-        patiently(|| lock(&file, options))?;
+        patiently(|| lock(&file, options)).map_err(|why| match why {
+            ImageTrouble::Locked(_) => ImageTrouble::Locked(holder(&file, options)),
+            other => other,
+        })?;
 
         let metadata = file.metadata().map_err(step("looking at it"))?;
         let device = is_device.then(|| block_device(&file)).transpose();
@@ -207,6 +224,15 @@ impl Image {
     /// Bytes at the end that make no whole sector, and are not served.
     pub fn cut_off(&self) -> u64 {
         self.bytes().map_or(0, |bytes| bytes % SECTOR)
+    }
+
+    /// Returns who else uses it, if it is a device, and the loop devices on it, if
+    /// it is a file.
+    pub fn users(&self) -> (Option<User>, Vec<String>) {
+        match self.file.metadata() {
+            Ok(metadata) if self.is_device => (in_use::user_of(metadata.rdev()), Vec::new()),
+            _ => (None, in_use::loops_on(&self.file)),
+        }
     }
 
     /// The size of the backing's physical block as a power of two of sectors,
@@ -295,7 +321,7 @@ impl Image {
             // Without -l our own lock has no end.
             let beyond = self.window.length.is_none() && from >= ours.1;
             if from < to && !beyond {
-                set_lock(&self.file, libc::F_WRLCK, from as i64, (to - from) as i64)?;
+                lock::set(&self.file, Lock::Exclusive, from as i64, (to - from) as i64)?;
                 guard.ranges.push((from as i64, (to - from) as i64));
             }
         }
@@ -405,7 +431,7 @@ fn patiently<T>(mut f: impl FnMut() -> Result<T, ImageTrouble>) -> Result<T, Ima
     let deadline = Instant::now() + LOCK_PATIENCE;
     loop {
         match f() {
-            Err(ImageTrouble::Locked | ImageTrouble::Busy) if Instant::now() < deadline => {
+            Err(ImageTrouble::Locked(_) | ImageTrouble::Busy(_)) if Instant::now() < deadline => {
                 std::thread::sleep(LOCK_RETRY);
             }
             result => return result,
@@ -414,23 +440,31 @@ fn patiently<T>(mut f: impl FnMut() -> Result<T, ImageTrouble>) -> Result<T, Ima
 }
 
 fn open(options: &ImageOptions, is_device: bool) -> Result<File, ImageTrouble> {
-    let mut flags = 0;
-    if options.direct {
-        flags |= libc::O_DIRECT;
-    }
-    if is_device && !options.read_only {
-        // For a block device, without O_CREAT: fails while it is mounted.
-        flags |= libc::O_EXCL;
-    }
+    let direct = if options.direct { libc::O_DIRECT } else { 0 };
     let mut how = OpenOptions::new();
-    how.read(true).write(!options.read_only).custom_flags(flags);
-    let file = how
-        .open(&options.path)
-        .map_err(|e| match e.raw_os_error() {
-            Some(libc::EBUSY) if is_device => ImageTrouble::Busy,
+    how.read(true).write(!options.read_only);
+    let mut open = |flags| {
+        how.custom_flags(direct | flags);
+        how.open(&options.path).map_err(|e| match e.raw_os_error() {
+            Some(libc::EBUSY) if is_device => ImageTrouble::Busy(None),
             Some(libc::EINVAL) if options.direct => ImageTrouble::NoDirect,
             _ => ImageTrouble::System("opening it", e),
-        })?;
+        })
+    };
+    // For a block device, without O_CREAT: fails while it is in use, also where
+    // /proc and /sys do not show us by whom.
+    let file = match is_device && !options.force {
+        true => open(libc::O_EXCL)?,
+        false => open(0)?,
+    };
+    // Several may read; only what is written is nobody else's.
+    let file = match is_device && !options.force && options.read_only {
+        true => {
+            drop(file);
+            open(0)?
+        }
+        false => file,
+    };
     keep_no_access_time(&file);
     Ok(file)
 }
@@ -443,9 +477,9 @@ pub(super) fn keep_no_access_time(file: &File) {
     let _ = flags.and_then(|flags| fcntl(file, FcntlArg::F_SETFL(flags | OFlag::O_NOATIME)));
 }
 
-/// Locks the bytes of the window, shared if they are only read. The lock
-/// belongs to the open file description: it goes with it, and only with it.
-fn lock(file: &File, options: &ImageOptions) -> Result<(), ImageTrouble> {
+/// Kind, start and length in bytes of the lock on the exported range: shared if
+/// it is only read.
+fn range(options: &ImageOptions) -> Result<(Lock, i64, i64), ImageTrouble> {
     let byte = |sectors: u64| {
         let bytes = sectors
             .checked_mul(SECTOR)
@@ -453,28 +487,29 @@ fn lock(file: &File, options: &ImageOptions) -> Result<(), ImageTrouble> {
         bytes.ok_or(ImageTrouble::WindowPastEnd(i64::MAX as u64 / SECTOR))
     };
     let kind = if options.read_only {
-        libc::F_RDLCK
+        Lock::Shared
     } else {
-        libc::F_WRLCK
+        Lock::Exclusive
     };
-    let start = byte(options.window.offset)?;
     // 0 is to the end, wherever that will be.
     let len = byte(options.window.length.unwrap_or(0))?;
-    set_lock(file, kind, start, len).map_err(|e| match e.raw_os_error() {
-        Some(libc::EAGAIN | libc::EACCES) => ImageTrouble::Locked,
+    Ok((kind, byte(options.window.offset)?, len))
+}
+
+/// Locks the exported range. The lock belongs to the open file description: it
+/// goes with it, and only with it.
+fn lock(file: &File, options: &ImageOptions) -> Result<(), ImageTrouble> {
+    let (kind, start, len) = range(options)?;
+    lock::set(file, kind, start, len).map_err(|e| match e.raw_os_error() {
+        Some(libc::EAGAIN | libc::EACCES) => ImageTrouble::Locked(None),
         _ => ImageTrouble::System("locking it", e),
     })
 }
 
-fn set_lock(file: &File, kind: i32, start: i64, len: i64) -> io::Result<()> {
-    let lock = libc::flock {
-        l_type: kind as i16,
-        l_whence: libc::SEEK_SET as i16,
-        l_start: start,
-        l_len: len,
-        l_pid: 0,
-    };
-    Ok(fcntl(file, FcntlArg::F_OFD_SETLK(&lock)).map(drop)?)
+/// Returns who has locked a part of the exported range.
+fn holder(file: &File, options: &ImageOptions) -> Option<Holder> {
+    let (kind, start, len) = range(options).ok()?;
+    lock::holder(file, kind, start, len).ok()?
 }
 
 /// Locks besides our own, as long as this lives.
@@ -488,7 +523,7 @@ impl Drop for SideLock<'_> {
     fn drop(&mut self) {
         for (start, len) in &self.ranges {
             // What cannot be unlocked goes with the file.
-            let _ = set_lock(self.file, libc::F_UNLCK, *start, *len);
+            let _ = lock::set(self.file, Lock::None, *start, *len);
         }
     }
 }

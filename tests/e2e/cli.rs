@@ -177,7 +177,7 @@ fn what_means_nothing_is_refused_with_2() {
         ),
         (
             &["1", "1", "tgt0", "no.img", "--create", "0"],
-            &["--create 0"],
+            &["--create 0", "512 bytes at least"],
         ),
         (
             &["1", "1", "tgt0", "no.img", "--create", "1Q"],
@@ -285,7 +285,7 @@ fn what_cannot_be_served_is_refused_with_1() {
         (&["1", "1", "tun0", "disk.img"], &["tun0", "not Ethernet"]),
         (
             &["1", "1", "tgt0", "disk.img", "-o", "2049"],
-            &["disk.img", "2048 sectors", "-o"],
+            &["disk.img", "2048 sectors", "lower -o"],
         ),
         (
             &["1", "1", "tgt0", "disk.img", "-l", "2049"],
@@ -297,7 +297,15 @@ fn what_cannot_be_served_is_refused_with_1() {
         ),
         (
             &["1", "1", "tgt0", "disk.img", "-o", "2048"],
-            &["disk.img", "empty"],
+            &["disk.img", "2048 sectors", "lower -o"],
+        ),
+        (
+            &["e1.1", "tgt0", "link.img"],
+            &["link.img", "link to gone.img"],
+        ),
+        (
+            &["1.1", "tgt0", "link.img", "--create", "1M"],
+            &["link.img", "link to gone.img"],
         ),
         (
             &["1", "1", "tgt0", "disk.img", "-o", "18014398509481983"],
@@ -343,6 +351,7 @@ fn what_cannot_be_served_is_refused_with_1() {
         ),
         (&["1", "1", "tgt0", "a\nb.img"], &["b.img"]),
     ];
+    std::os::unix::fs::symlink("gone.img", bench.store.path().join("link.img")).unwrap();
     fs::hard_link(bench.store.image(), bench.store.path().join("hard.img")).unwrap();
     check(&bench, 1, cases);
     bench.lab.host.set_mtu("tgt0", 500).unwrap();
@@ -577,7 +586,8 @@ fn windows_that_overlap_are_refused() {
         return;
     }
     let (lab, store) = (Lab::new(1, 1500), Store::new(1000));
-    let _first = serve_slot(&lab, &store, "1", &["-o", "100", "-l", "300"]);
+    let first = serve_slot(&lab, &store, "1", &["-o", "100", "-l", "300"]);
+    let pid = format!("process {} (aoede)", first.pid());
     let refuse = |options: &[&str]| {
         let mut command = Command::new(AOEDE);
         command
@@ -588,7 +598,7 @@ fn windows_that_overlap_are_refused() {
             .args(options);
         let (ended, time) = timed(|| run(Some(&lab.host), command, Deadline::seconds(20)));
         assert_eq!(ended.code, Some(1), "{ended:?}");
-        for part in ["disk.img", "-o", "-l", "another process"] {
+        for part in ["disk.img", "-o", "-l", &pid] {
             assert!(ended.line().contains(part), "{ended:?}");
         }
         assert!(time >= Duration::from_secs(2), "{time:?}");
@@ -601,6 +611,7 @@ fn windows_that_overlap_are_refused() {
             &["-l", "101"],
             &["-r", "-o", "150", "-l", "1"],
         ] {
+            let refuse = &refuse;
             scope.spawn(move || refuse(options));
         }
     });
@@ -692,7 +703,15 @@ fn an_image_is_made_sparse_or_with_its_room_and_never_made_twice() {
     let mut client = lab.client(0);
     assert_eq!(client.identify().unwrap().sectors(), 8192);
     assert_eq!(client.read(8191, 1).unwrap(), [7; SECTOR]);
-    stop(target);
+    let output = stop(target);
+    let told = |l: &&String| l.contains("warning") && l.contains("4194304 bytes");
+    let line = output.iter().find(told);
+    let line = line.unwrap_or_else(|| panic!("{output:?}"));
+    for part in ["e1.1", "disk.img", "1048576", "--create"] {
+        assert!(line.contains(part), "{line}");
+    }
+    let same = stop(serve(&lab.host, &store, &["tgt0"], &["--create", "4M"]));
+    assert!(!same.iter().any(|l| l.contains("warning")), "{same:?}");
 }
 
 #[test]

@@ -4,6 +4,7 @@
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
+use std::thread;
 use std::time::Duration;
 
 use initiator::client::Client;
@@ -226,6 +227,104 @@ fn a_window_says_how_it_lies_and_direct_io_refuses_what_does_not_fit() {
     assert_eq!((at(23), at(24)), (&sector(23, 2)[..], &sector(24, 1)[..]));
 }
 
+/// A filesystem mounted from a device, in the mount namespace of all.
+struct Mounted(tempfile::TempDir);
+
+impl Mounted {
+    fn new(device: &Path) -> Mounted {
+        let place = tempfile::tempdir().unwrap();
+        let (device, path) = (device.display(), place.path().display());
+        sh(&format!("mkfs.ext4 -q {device} && mount {device} {path}"));
+        Mounted(place)
+    }
+}
+
+impl Drop for Mounted {
+    fn drop(&mut self) {
+        let ended = std::process::Command::new("umount")
+            .arg(self.0.path())
+            .status();
+        assert!(ended.is_ok_and(|e| e.success()) || thread::panicking());
+    }
+}
+
+/// What a start says that is refused.
+fn refused_path(lab: &Lab, store: &Store, image: &Path, options: &[&str]) -> String {
+    let mut target = on_path(&lab.host, store, image, options).start().unwrap();
+    let status = target.wait(soon()).unwrap();
+    let output = target.output();
+    assert_eq!(status.code(), Some(1), "{options:?}: {output:?}");
+    output.join("\n")
+}
+
+/// What a start says that succeeds.
+fn served_path(lab: &Lab, store: &Store, image: &Path, options: &[&str]) -> Vec<String> {
+    stop(serve_path(&lab.host, store, image, options))
+}
+
+#[test]
+fn a_device_that_someone_uses_is_refused_by_name_unless_forced() {
+    let needs = [&Loop::NEEDS[..], &[Need::Program("mkfs.ext4")]].concat();
+    if !lab::require("devices in use", &needs) {
+        return;
+    }
+    let (lab, store) = (Lab::new(1, 1500), Store::new(16384));
+    let device = Loop::new(&store.image(), 512);
+    {
+        let mounted = Mounted::new(&device.path);
+        let place = mounted.0.path().display().to_string();
+        for options in [&[][..], &["-r"], &["-d"]] {
+            let said = refused_path(&lab, &store, &device.path, options);
+            for part in [&*place, "mounted", "--force", device.path.to_str().unwrap()] {
+                assert!(said.contains(part), "no '{part}' in {said}");
+            }
+        }
+        for options in [&["--force"][..], &["--force", "-r"]] {
+            let said = served_path(&lab, &store, &device.path, options);
+            let told = |l: &String| l.contains("warning") && l.contains(&place);
+            assert!(said.iter().any(told), "{said:?}");
+        }
+    }
+    // Attached twice: as the same bytes of one file, and as a device on it.
+    let twice = |other: &Loop| {
+        for options in [&[][..], &["-r"]] {
+            let said = refused_path(&lab, &store, &device.path, options);
+            for part in [other.path.to_str().unwrap(), "attached", "--force"] {
+                assert!(said.contains(part), "no '{part}' in {said}");
+            }
+        }
+    };
+    twice(&Loop::new(&store.image(), 512));
+    twice(&Loop::new(&device.path, 512));
+    // Two readers of a device are no harm to each other.
+    let reader = serve_path(&lab.host, &store, &device.path, &["-r"]);
+    let second = Store::new(8);
+    served_path(&lab, &second, &device.path, &["-r", "--shared-address"]);
+    let said = refused_path(&lab, &second, &device.path, &["--shared-address"]);
+    assert!(
+        said.contains(&format!("process {} (aoede)", reader.pid())),
+        "{said}"
+    );
+    stop(reader);
+    served_path(&lab, &store, &device.path, &[]);
+}
+
+#[test]
+fn a_file_behind_a_loop_device_is_served_with_a_warning() {
+    if !lab::require("a file behind a loop device", &Loop::NEEDS) {
+        return;
+    }
+    let (lab, store) = (Lab::new(1, 1500), Store::new(IMAGE));
+    let device = Loop::new(&store.image(), 512);
+    let said = served_path(&lab, &store, &store.image(), &[]);
+    let name = device.path.to_str().unwrap();
+    let told = |l: &String| l.contains("warning") && l.contains(name) && l.contains("losetup -d");
+    assert!(said.iter().any(told), "{said:?}");
+    drop(device);
+    let said = served_path(&lab, &store, &store.image(), &[]);
+    assert!(!said.iter().any(|l| l.contains("warning")), "{said:?}");
+}
+
 #[test]
 fn direct_io_on_a_file_is_direct_and_right() {
     if !lab::require("-d on a file", &[Need::Network]) {
@@ -295,13 +394,20 @@ fn a_device_that_is_mounted_is_refused_and_a_read_only_one_explained() {
             .arg(store.run());
         run(Some(&lab.host), command, soon())
     };
-    let ended = refuse(&[], &device.path);
-    assert_eq!(ended.code, Some(1), "{ended:?}");
-    for part in [device.path.to_str().unwrap(), "in use", "free it"] {
-        assert!(ended.line().contains(part), "{ended:?}");
+    // In another mount namespace, where nobody can be named.
+    for options in [&[][..], &["-r"]] {
+        let ended = refuse(options, &device.path);
+        assert_eq!(ended.code, Some(1), "{ended:?}");
+        for part in [device.path.to_str().unwrap(), "in use", "free it"] {
+            assert!(ended.line().contains(part), "{ended:?}");
+        }
     }
-    // Who only reads does no harm.
-    stop(serve_path(&lab.host, &store, &device.path, &["-r"]));
+    stop(serve_path(
+        &lab.host,
+        &store,
+        &device.path,
+        &["-r", "--force"],
+    ));
     drop(mounted);
     let target = serve_path(&lab.host, &store, &device.path, &[]);
     assert_eq!(lab.client(0).identify().unwrap().sectors(), 16_384);

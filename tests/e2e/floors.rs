@@ -6,9 +6,10 @@ use std::path::{Path, PathBuf};
 
 /// Every room and its floor. `shadow`, on floor 0, is a crate of its own and so
 /// cannot import any of these.
-const ROOMS: [(&str, u8); 16] = [
+const ROOMS: [(&str, u8); 17] = [
     ("wire", 1),
     ("sys", 1),
+    ("text", 1),
     ("access", 2),
     ("dedup", 2),
     ("drive", 2),

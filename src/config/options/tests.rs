@@ -37,6 +37,40 @@ fn the_owners_command_lines_parse() {
 }
 
 #[test]
+fn shelf_and_slot_may_be_one_word_as_linux_writes_it() {
+    for line in [
+        "e3.7 lo img",
+        "3.7 lo img",
+        "-r e3.7 -b 16 lo -d img",
+        "3 7 lo img",
+    ] {
+        let options = parse(line).unwrap();
+        assert_eq!(options.address, Address::new(3, 7).unwrap(), "{line}");
+        assert_eq!(options.nics, ["lo"], "{line}");
+        assert!(options.image.path.ends_with("img"), "{line}");
+    }
+    // What follows is as before, dots or not.
+    let options = parse("3 7 eth0.5 lo disk.img").unwrap();
+    assert_eq!(options.nics, ["eth0.5", "lo"]);
+    for (line, part) in [
+        ("e70000.1 lo img", "shelf 70000"),
+        ("e1.255 lo img", "slot 255"),
+        ("e1. lo img", "slot"),
+        ("ee1.1 lo img", "shelf e1"),
+        ("1.1.1 lo img", "slot 1.1"),
+        ("e1.1", "no network interface"),
+        ("e1.1 img", "no network interface"),
+        ("1 1 img", "no network interface"),
+        ("1 1", "SHELF SLOT"),
+        ("e1 1 lo img", "shelf e1"),
+    ] {
+        let (code, text) = refused(line);
+        assert_eq!(code, 2, "{text}");
+        assert!(text.contains(part), "'{line}': {text}");
+    }
+}
+
+#[test]
 fn options_stand_anywhere() {
     for line in [
         "-r -d 3 7 lo img -o 8 -l 16",
@@ -64,7 +98,6 @@ fn shelf_and_slot_are_checked_and_not_folded() {
         "65535 1 lo img",
         "1 255 lo img",
         "-- -1 1 lo img",
-        "1.1 1 lo img",
         "0x10 1 lo img",
         "1 +1 lo img",
         "a b lo img",

@@ -5,6 +5,9 @@ use std::io;
 use std::path::PathBuf;
 
 use super::ALIGN_MAX;
+use super::in_use::User;
+use crate::sys::lock::Holder;
+use crate::text::count;
 
 /// Why an image cannot be served.
 #[derive(Debug)]
@@ -20,24 +23,26 @@ pub struct ImageError {
 pub enum ImageTrouble {
     /// It is not there.
     Missing,
+    /// It is a link to something that is not there.
+    Dangling(PathBuf),
     /// It is neither a file nor a block device.
     NotADisk,
     /// Not one sector.
     Empty,
-    /// The window leads past its end; how many sectors it has.
+    /// The exported range begins at its end or behind; how many sectors it has.
+    StartPastEnd(u64),
+    /// The exported range leads past its end; how many sectors it has.
     WindowPastEnd(u64),
-    /// The window has no sectors.
-    WindowEmpty,
     /// Its bounds are not those direct I/O needs, in bytes.
     Unaligned(u64),
     /// Its blocks for direct I/O are larger than the cache's can be, in bytes.
     LargeBlocks(u32),
     /// Its filesystem knows no direct I/O.
     NoDirect,
-    /// Another process has it locked.
-    Locked,
-    /// The block device is in use.
-    Busy,
+    /// Another process has it locked, and which, once that was asked.
+    Locked(Option<Holder>),
+    /// The block device is in use, and by whom, if that can be told.
+    Busy(Option<User>),
     /// The block device takes no writes.
     ReadOnlyDevice,
     /// A system call failed, and which.
@@ -51,19 +56,27 @@ impl fmt::Display for ImageError {
             ImageTrouble::Missing => {
                 f.write_str("there is none; correct the path or make one with --create SIZE")
             }
+            ImageTrouble::Dangling(to) => write!(
+                f,
+                "is a link to {}, which does not exist; correct the link or the path",
+                to.display()
+            ),
             ImageTrouble::NotADisk => {
                 f.write_str("is neither a regular file nor a block device; give one of these")
             }
             ImageTrouble::Empty => {
                 f.write_str("holds no sector; give it a size, as with 'truncate -s 1G'")
             }
-            ImageTrouble::WindowPastEnd(sectors) => {
-                write!(
-                    f,
-                    "the window leads past its {sectors} sectors; lower -o or -l"
-                )
-            }
-            ImageTrouble::WindowEmpty => f.write_str("the window is empty; raise -l"),
+            ImageTrouble::StartPastEnd(sectors) => write!(
+                f,
+                "-o begins at or behind its end, it has {}; lower -o",
+                count(*sectors, "sector")
+            ),
+            ImageTrouble::WindowPastEnd(sectors) => write!(
+                f,
+                "-o and -l lead past its end, it has {}; lower them",
+                count(*sectors, "sector")
+            ),
             ImageTrouble::Unaligned(align) => write!(
                 f,
                 "direct I/O here needs start and end at multiples of {align} bytes; \
@@ -77,12 +90,22 @@ impl fmt::Display for ImageError {
             ImageTrouble::NoDirect => {
                 f.write_str("its filesystem cannot do direct I/O; leave out -d")
             }
-            ImageTrouble::Locked => f.write_str(
-                "another process serves it or a part of this window; stop that one, \
-                 or give another window with -o and -l",
-            ),
-            ImageTrouble::Busy => {
-                f.write_str("the device is in use (mounted, or part of another); free it first")
+            ImageTrouble::Locked(holder) => {
+                match holder {
+                    Some(holder) => write!(f, "{holder} ")?,
+                    None => f.write_str("another process ")?,
+                }
+                f.write_str(
+                    "serves it or a part of this range; stop that one, or give another range \
+                     with -o and -l",
+                )
+            }
+            ImageTrouble::Busy(user) => {
+                match user {
+                    Some(user) => write!(f, "{user}")?,
+                    None => f.write_str("is in use (mounted, or by another program)")?,
+                }
+                f.write_str("; free it first (--force serves it all the same)")
             }
             ImageTrouble::ReadOnlyDevice => {
                 f.write_str("the device takes no writes; serve it with -r")
