@@ -43,6 +43,8 @@ const NIC_RETRY: Duration = Duration::from_secs(1);
 /// How often it is noted that we live while the image is being changed: at
 /// half of what a start allows for.
 const PULSE: Duration = Duration::from_secs(1);
+/// How often a stop that takes long says what is left.
+const STOP_LOG_INTERVAL: Duration = Duration::from_secs(5);
 /// How often a rival is written about.
 const RIVAL_LOG_INTERVAL: Duration = Duration::from_secs(10);
 
@@ -67,8 +69,8 @@ pub enum ServeError {
     Shadow(ShadowError),
     /// Its limit is too low for blocks of so many bytes; the least, in MiB.
     ShadowLimit(u64, u64),
-    /// The disk did not finish in time at the end; the file that holds what is
-    /// not on it.
+    /// The disk made no progress for so long at the end; the file that holds
+    /// what is not on it.
     StopTimeout(Duration, Option<PathBuf>),
     /// A second signal to stop came before the first was carried out.
     StoppedTwice,
@@ -108,7 +110,7 @@ impl fmt::Display for ServeError {
             ServeError::StopTimeout(after, arena) => {
                 write!(
                     f,
-                    "the disk did not finish within {} s of the signal",
+                    "stopped before the disk had everything: it made no progress for {} s",
                     after.as_secs()
                 )?;
                 match arena {
@@ -144,8 +146,14 @@ pub struct Export {
     /// Kept as long as the address is ours on this machine.
     _claims: Vec<std::os::unix::net::UnixDatagram>,
     rival_logged: Option<Instant>,
-    /// Chunks that were yet to be merged when a stop last looked.
-    unmerged: u64,
+}
+
+/// A stop that was ordered and goes on.
+#[derive(Clone, Copy, Debug)]
+struct Stopping {
+    since: Instant,
+    /// When the log last said what is left.
+    told: Instant,
 }
 
 impl Export {
@@ -174,7 +182,7 @@ impl Export {
             self.attach(index)?;
         }
         self.advertise_everywhere();
-        let mut stopping: Option<Instant> = None;
+        let mut stopping: Option<Stopping> = None;
         let mut turns = 0;
         let mut looked = Instant::now();
         let mut shallow = true;
@@ -193,13 +201,7 @@ impl Export {
             self.send_ready();
             let blocked = self.flush();
             if let Some(stop) = &mut stopping {
-                let unmerged = self.target.volume().unmerged();
-                if unmerged != self.unmerged {
-                    // As long as a merge goes on, the disk does finish.
-                    self.unmerged = unmerged;
-                    *stop = Instant::now();
-                }
-                if let Some(result) = self.end(*stop, blocked) {
+                if let Some(result) = self.end(stop, blocked) {
                     return result;
                 }
             }
@@ -357,14 +359,18 @@ impl Export {
     }
 
     /// How long nothing has to be done, unless something happens.
-    fn sleep(&self, stopping: Option<Instant>) -> Option<Duration> {
+    fn sleep(&mut self, stopping: Option<Stopping>) -> Option<Duration> {
         let now = Instant::now();
         let disk = self
             .target
             .deadline()
             .map(|at| at.saturating_duration_since(now));
-        let stop =
-            stopping.map(|since| (since + self.tuneup.io_patience).saturating_duration_since(now));
+        let progress = self.target.volume().progress_at();
+        let stop = stopping.map(|stop| {
+            let end = stop.since.max(progress) + self.tuneup.io_patience;
+            let due = end.min(stop.told + STOP_LOG_INTERVAL);
+            due.saturating_duration_since(now)
+        });
         let nic = self
             .nics
             .iter()
@@ -375,7 +381,7 @@ impl Export {
     }
 
     /// How a stop goes on: `None` while the disk has not finished.
-    fn end(&mut self, since: Instant, blocked: bool) -> Option<Result<(), ServeError>> {
+    fn end(&mut self, stop: &mut Stopping, blocked: bool) -> Option<Result<(), ServeError>> {
         let patience = self.tuneup.io_patience;
         if self.target.is_idle() && !blocked {
             log::info!("{} stopped: {}", self.address, self.target.counters());
@@ -388,14 +394,39 @@ impl Export {
             }
             return Some(Ok(()));
         }
-        let arena = self.target.volume().arena_path();
-        (since.elapsed() >= patience).then_some(Err(ServeError::StopTimeout(patience, arena)))
+        if stop.told.elapsed() >= STOP_LOG_INTERVAL {
+            stop.told = Instant::now();
+            self.tell_what_is_left();
+        }
+        let volume = self.target.volume();
+        // As long as less and less is left, the disk does finish.
+        let silent = stop.since.max(volume.progress_at()).elapsed();
+        let arena = volume.arena_path();
+        (silent >= patience).then_some(Err(ServeError::StopTimeout(patience, arena)))
+    }
+
+    /// Says what a stop waits for.
+    fn tell_what_is_left(&mut self) {
+        let volume = self.target.volume();
+        let (left, unmerged) = (volume.left_bytes(), volume.unmerged_bytes());
+        let (address, image) = (self.address, self.image.path().display());
+        if unmerged > 0 {
+            log::info!(
+                "{address}: stopping: {} left to merge into {image}",
+                amount(unmerged)
+            );
+        } else {
+            log::info!(
+                "{address}: stopping: {} left to write to {image}",
+                amount(left)
+            );
+        }
     }
 
     fn obey(
         &mut self,
         signals: &Signals,
-        stopping: &mut Option<Instant>,
+        stopping: &mut Option<Stopping>,
     ) -> Result<(), ServeError> {
         while let Some(event) = signals.next() {
             match event {
@@ -404,7 +435,11 @@ impl Export {
                 }
                 Event::Stop if stopping.is_some() => {}
                 Event::Stop => {
-                    *stopping = Some(Instant::now());
+                    let now = Instant::now();
+                    *stopping = Some(Stopping {
+                        since: now,
+                        told: now,
+                    });
                     self.target.drain();
                     let ports = self.nics.iter().map(|nic| nic.port.as_ref()).enumerate();
                     let ports = ports.filter_map(|(index, port)| Some((index, port?)));
@@ -554,6 +589,14 @@ impl Export {
                 self.address
             );
         }
+    }
+}
+
+/// A number of bytes, in words.
+fn amount(bytes: u64) -> String {
+    match bytes >> 20 {
+        0 => format!("{} KiB", bytes.div_ceil(1 << 10)),
+        mib => format!("{mib} MiB"),
     }
 }
 

@@ -178,7 +178,6 @@ pub(super) fn open(options: &Options) -> Result<Export, ServeError> {
         wait,
         _claims: claims,
         rival_logged: None,
-        unmerged: 0,
     })
 }
 

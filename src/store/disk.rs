@@ -42,6 +42,12 @@ pub trait Backing: BlockFile {
         Ok(())
     }
 
+    /// Writes out what the page cache has of these bytes, and waits for it; makes
+    /// nothing durable.
+    fn push(&self, _offset: u64, _len: u64) -> io::Result<()> {
+        Ok(())
+    }
+
     /// Says that these bytes will be read soon.
     fn prefetch(&self, _offset: u64, _len: u64) {}
 
@@ -115,6 +121,14 @@ pub enum Job {
     },
     /// Discards ranges of (offset, length).
     Discard(Vec<(u64, u64)>),
+    /// Writes out a part of what the page cache has, so that the sync behind it
+    /// is short.
+    Push {
+        /// Offset in the backing.
+        at: u64,
+        /// How many bytes.
+        len: u64,
+    },
     /// Everything written before to stable storage.
     Sync,
     /// Pages of a shadow's bitmap to stable storage; before them, if so said,
@@ -198,7 +212,7 @@ pub enum JobKind {
     Read,
     /// [`Job::Write`] or [`Job::Discard`].
     Write,
-    /// [`Job::Sync`] or [`Job::Commit`].
+    /// [`Job::Push`], [`Job::Sync`] or [`Job::Commit`].
     Sync,
     /// [`Job::Step`].
     Step,
@@ -329,6 +343,7 @@ impl Job {
                     None => Ok(()),
                 }
             }
+            Job::Push { at, len } => fail(JobKind::Sync, Some(at), backing.push(at, len)),
             Job::Sync => fail(JobKind::Sync, None, backing.sync()),
             Job::Commit { data_first, pages } => {
                 fail(JobKind::Sync, None, commit(backing, data_first, &pages))

@@ -22,7 +22,7 @@ use super::arena::ImageId;
 use super::disk::Backing;
 use super::volume::Bounds;
 use crate::sys::buffer::{Body, Buf, BufSlice};
-use crate::sys::file::{block_device, direct_align, read_now};
+use crate::sys::file::{block_device, direct_align, push, read_now};
 use crate::sys::lock::{self, Holder, Lock};
 
 pub use error::{ImageError, ImageTrouble};
@@ -405,6 +405,10 @@ impl Backing for Image {
 
     fn write_pieces(&self, pieces: &[Body], offset: u64) -> io::Result<()> {
         write_pieces(&self.file, pieces, offset)
+    }
+
+    fn push(&self, offset: u64, len: u64) -> io::Result<()> {
+        push(&self.file, offset, len)
     }
 
     fn prefetch(&self, offset: u64, len: u64) {

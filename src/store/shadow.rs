@@ -625,6 +625,10 @@ impl<P: Place> Backing for ShadowStore<P> {
             .write_pieces(self.file()?.as_ref(), pieces, offset)
     }
 
+    fn push(&self, offset: u64, len: u64) -> io::Result<()> {
+        self.place.push(self.file()?.as_ref(), offset, len)
+    }
+
     fn gather(&self, parts: &[Part], buf: &mut [u8]) -> io::Result<()> {
         let mut rest = buf;
         for Part { origin, len } in parts {

@@ -17,6 +17,7 @@ mod bufs;
 mod discards;
 mod freeze;
 mod merge;
+mod progress;
 mod reads;
 mod room;
 mod syncs;
@@ -43,8 +44,9 @@ use bufs::Bufs;
 use discards::Discarding;
 use freeze::{COMMIT, FORGET, Freezing, STEP};
 use merge::Merge;
+use progress::Progress;
 use reads::{Fill, Stream, WaitingRead};
-use syncs::{Gather, Syncing, Trouble, Waiter};
+use syncs::{Gather, PUSH, Syncing, Trouble, Waiter};
 use view::View;
 use window::Window;
 use writes::ParkedWrite;
@@ -147,7 +149,7 @@ pub struct VolumeOptions {
     pub max_dirty_age: Duration,
     /// After so long without a request all that is dirty is written back.
     pub idle_flush: Duration,
-    /// So long a durable write waits for a disk that fails.
+    /// So long a durable write waits for a disk that makes no progress.
     pub io_patience: Duration,
     /// Bytes read ahead of a sequential reader.
     pub read_ahead: u64,
@@ -225,6 +227,7 @@ pub struct Volume {
     completed: VecDeque<Completed>,
     last_request: Instant,
     trouble: Trouble,
+    progress: Progress,
     failures: Failures,
     last_error: Option<DiskError>,
 }
@@ -288,6 +291,7 @@ impl Volume {
             completed: VecDeque::new(),
             last_request: now,
             trouble: Trouble::default(),
+            progress: Progress::new(now),
             failures: Failures::default(),
             last_error: None,
             cache,
@@ -466,6 +470,7 @@ impl Volume {
         // Last: the disk may take things in their order.
         self.start_reads(now);
         self.start_verifies();
+        self.progress.set_busy(self.has_disk_work(), now);
         self.disk.kick();
     }
 
@@ -489,6 +494,11 @@ impl Volume {
         self.writing > 0 || self.discarding.is_submitted()
     }
 
+    /// Whether the disk has something to bring to stable storage.
+    fn has_disk_work(&self) -> bool {
+        self.is_writing() || self.syncing.is_some() || self.freezing.step
+    }
+
     /// Whether reads wait for the disk.
     pub fn is_reading(&self) -> bool {
         self.fills.len() > self.merge.fills() || !self.reads.is_empty()
@@ -508,17 +518,14 @@ impl Volume {
         let failing = self.trouble.is_failing();
         for list in [&self.until_synced, &self.until_written] {
             if let Some(waiter) = list.iter().find(|waiter| waiter.is_impatient(failing)) {
-                by(waiter.since + self.options.io_patience);
+                by(self.progress.since(waiter.since) + self.options.io_patience);
             }
         }
-        if failing {
-            if let Some(parked) = self
-                .parked
-                .front()
-                .filter(|_| !self.discarding.is_submitted())
-            {
-                by(parked.since() + self.options.io_patience);
-            }
+        let silent = self.progress.silent_since();
+        let silent = silent.or(failing.then_some(self.progress.at()));
+        let parked = self.parked.get(usize::from(self.discarding.is_submitted()));
+        if let (Some(silent), Some(parked)) = (silent, parked) {
+            by(silent.max(parked.since()) + self.options.io_patience);
         }
         if let Some(oldest) = self.cache.oldest().filter(|_| self.flushing.is_none()) {
             by(oldest + self.options.max_dirty_age / 2);
@@ -552,6 +559,7 @@ impl Volume {
             self.last_error = Some(error);
         }
         match done.id {
+            PUSH => self.pushed(ok, now),
             SYNC => self.image_synced(ok, now),
             COMMIT => self.sync_ended(ok, now),
             FORGET => self.forget_ended(ok, now),
@@ -582,7 +590,9 @@ impl Volume {
                 for slot in slots {
                     self.cache.write_ended(slot, ok, now);
                 }
-                if !ok {
+                if ok {
+                    self.made_progress(now);
+                } else {
                     self.failed(now);
                 }
             }

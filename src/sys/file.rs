@@ -66,6 +66,32 @@ pub fn read_now(file: &File, buf: &mut [u8], offset: u64) -> io::Result<bool> {
     }
 }
 
+/// Brings these bytes from the page cache to the disk, and waits for that. It
+/// makes nothing durable, but leaves little to do for the sync behind it. An
+/// error is that of a write, and is reported by no later sync.
+pub fn push(file: &File, offset: u64, len: u64) -> io::Result<()> {
+    let (Ok(offset), Ok(len)) = (i64::try_from(offset), i64::try_from(len)) else {
+        return Err(io::ErrorKind::InvalidInput.into());
+    };
+    let flags = libc::SYNC_FILE_RANGE_WAIT_BEFORE
+        | libc::SYNC_FILE_RANGE_WRITE
+        | libc::SYNC_FILE_RANGE_WAIT_AFTER;
+    // SAFETY: takes numbers and a descriptor that is open for the call.
+    let result = unsafe { libc::sync_file_range(file.as_raw_fd(), offset, len, flags) };
+    match check(result) {
+        // Not on this filesystem: the sync does all of it.
+        Err(e)
+            if matches!(
+                e.raw_os_error(),
+                Some(libc::EINVAL | libc::ENOSYS | libc::ESPIPE | libc::EOPNOTSUPP)
+            ) =>
+        {
+            Ok(())
+        }
+        result => result.map(drop),
+    }
+}
+
 mod ioctl {
     nix::ioctl_read!(blkgetsize64, 0x12, 114, u64);
     nix::ioctl_read_bad!(blkpbszget, libc::BLKPBSZGET, u32);

@@ -365,6 +365,97 @@ fn a_stop_that_cannot_write_keeps_the_arena_and_says_where() {
 }
 
 #[test]
+fn a_stop_waits_as_long_as_a_slow_disk_makes_progress() {
+    if !lab::require("TERM on a slow disk", &TRACED) {
+        return;
+    }
+    let bed = Bed::new();
+    let options = [
+        "--set",
+        "io_patience=2",
+        "--set",
+        "idle_flush=600000",
+        "--set",
+        "max_dirty_age=600000",
+    ];
+    // Scattered, so that each is a call of its own.
+    let mut target = bed.faulty(&["pwritev:delay_enter=20000"], &options);
+    let mut client = bed.wire.client();
+    for n in 0..340 {
+        client.write(n * 12, &[n as u8; 512]).unwrap();
+    }
+    let start = Instant::now();
+    let status = target.stop(Deadline::seconds(60)).unwrap();
+    let said = target.output().join("\n");
+    assert!(status.success(), "{said}");
+    // Longer than its patience, and than the log is silent.
+    assert!(start.elapsed() > Duration::from_secs(6));
+    assert!(said.contains("e1.1: stopping: "), "{said}");
+    assert!(said.contains(" left to write to "), "{said}");
+    for n in 0..340 {
+        assert_eq!(bed.store.sectors(n as usize * 12, 1), [n as u8; 512]);
+    }
+    assert_eq!(files(bed.store.run(), ""), [] as [PathBuf; 0]);
+}
+
+#[test]
+fn what_a_long_sync_covers_goes_to_the_disk_in_slices_before_it() {
+    if !lab::require("slices of a sync", &TRACED) {
+        return;
+    }
+    const MIB: usize = 1 << 20;
+    let bed = Bed::new();
+    File::options()
+        .write(true)
+        .open(bed.store.image())
+        .unwrap()
+        .set_len(32 * MIB as u64)
+        .unwrap();
+    let log = bed.store.path().join("log");
+    let options = [
+        "--set",
+        "cache_size=64M",
+        "--set",
+        "idle_flush=600000",
+        "--set",
+        "max_dirty_age=600000",
+    ];
+    let trace = ["trace=sync_file_range,fdatasync".to_owned()];
+    let target = bed.trace(&log, &trace, &options);
+    let mut client = bed.wire.client();
+    for n in 0..30 {
+        client
+            .write_many((n * MIB / 512) as u64, &vec![n as u8; MIB])
+            .unwrap();
+    }
+    stop(target);
+    let text = fs::read_to_string(&log).unwrap();
+    let lines = text
+        .lines()
+        .filter(|line| line.contains("sync_file_range("));
+    let mut pushed = 0;
+    for line in lines {
+        assert!(line.ends_with(" = 0"), "{line}");
+        let len: usize = line.split(", ").nth(2).unwrap().parse().unwrap();
+        assert!((1..=8 * MIB).contains(&len), "{line}");
+        pushed += len;
+    }
+    assert!(pushed >= 8 * MIB, "{text}");
+    assert!(
+        text.trim_end()
+            .lines()
+            .last()
+            .unwrap()
+            .contains("fdatasync("),
+        "{text}"
+    );
+    let bytes = fs::read(bed.store.image()).unwrap();
+    for n in 0..30 {
+        assert!(bytes[n * MIB..][..MIB].iter().all(|byte| *byte == n as u8));
+    }
+}
+
+#[test]
 fn under_a_load_what_is_dirty_is_synced_within_its_age() {
     const AGE: f64 = 0.6;
     if !lab::require("max_dirty_age", &TRACED) {

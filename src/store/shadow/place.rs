@@ -12,7 +12,7 @@ use shadow::{BlockFile, Files, Identity, PathError, Paths, RealFiles, Shadow, Sh
 use super::super::image::{Image, keep_no_access_time, write_pieces};
 use super::super::volume::Bounds;
 use crate::sys::buffer::Body;
-use crate::sys::file::read_now;
+use crate::sys::file::{push, read_now};
 
 /// The files of shadows and what they are called. The steps are those of
 /// [`shadow::paths`].
@@ -55,6 +55,10 @@ pub trait Place: Send + Sync {
     fn read_now(&self, file: &Self::File, buf: &mut [u8], offset: u64) -> bool;
     /// Writes all of the pieces, one behind the other.
     fn write_pieces(&self, file: &Self::File, pieces: &[Body], offset: u64) -> io::Result<()>;
+    /// Writes out what the page cache has of these bytes, and waits for it.
+    fn push(&self, _file: &Self::File, _offset: u64, _len: u64) -> io::Result<()> {
+        Ok(())
+    }
 }
 
 /// The image under a shadow.
@@ -165,5 +169,9 @@ impl Place for RealPlace {
 
     fn write_pieces(&self, file: &ShadowFile, pieces: &[Body], offset: u64) -> io::Result<()> {
         write_pieces(file.as_file(), pieces, offset)
+    }
+
+    fn push(&self, file: &ShadowFile, offset: u64, len: u64) -> io::Result<()> {
+        push(file.as_file(), offset, len)
     }
 }

@@ -151,6 +151,9 @@ impl Volume {
     }
 
     pub(super) fn discard_ended(&mut self, ok: bool, now: Instant) {
+        if ok {
+            self.made_progress(now);
+        }
         let in_shadow = std::mem::take(&mut self.discarding).edges.is_some();
         self.end_discard(ok, in_shadow, now);
         self.start_held_reads(now);

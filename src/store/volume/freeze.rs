@@ -226,7 +226,7 @@ impl Volume {
     }
 
     /// Chunks that are yet to be merged.
-    pub fn unmerged(&self) -> u64 {
+    pub(super) fn unmerged(&self) -> u64 {
         self.view.as_ref().map_or(0, |view| view.map.present())
     }
 
@@ -515,8 +515,13 @@ impl Volume {
     }
 
     fn unmerged_mib(&self) -> u64 {
+        self.unmerged_bytes() >> 20
+    }
+
+    /// Bytes of the chunks that are yet to be merged.
+    pub fn unmerged_bytes(&self) -> u64 {
         let view = self.view.as_ref();
-        view.map_or(0, |view| view.map.present() * view.geometry.chunk()) >> 20
+        view.map_or(0, |view| view.map.present() * view.geometry.chunk())
     }
 
     /// Brings the freeze to where a stop may find it.

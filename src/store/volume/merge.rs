@@ -160,6 +160,10 @@ impl Volume {
     /// A run of the shadow was read, or could not be.
     pub(super) fn merge_fill_ended(&mut self, span: Extent, data: Option<&mut [u8]>, now: Instant) {
         self.merge.fills -= 1;
+        if data.is_some() {
+            // A part of the way to the image.
+            self.made_progress(now);
+        }
         let Some(view) = &self.view else { return };
         let first = view.geometry.chunk_of(span.byte_start());
         let last = view

@@ -1,13 +1,15 @@
 //! Syncs: for whom, when, through which files; and what becomes of a disk that
 //! fails.
 
+use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
 use shadow::{Chunk, Commit, SECTOR};
 
 use super::super::cache::{Epoch, Record};
-use super::super::disk::Job;
+use super::super::disk::{Job, JobId};
 use super::freeze::{COMMIT, Stage};
+use super::progress::slices;
 use super::writes::ParkedWrite;
 use super::{Token, Volume};
 
@@ -23,6 +25,8 @@ const PROBE: Duration = Duration::from_secs(5);
 /// up.
 const ROUNDS_MAX: u32 = 3;
 const FAILING_MAX: Duration = Duration::from_secs(30);
+
+pub(super) const PUSH: JobId = JobId(u64::MAX - 6);
 
 /// A request that waits until an epoch is written, or synced.
 #[derive(Clone, Copy, Debug)]
@@ -96,6 +100,14 @@ pub(super) struct Syncing {
     pub commit: Option<Commit>,
     /// Chunks that the merge has made zeros in the image.
     pub zeroed: Vec<(u64, u64)>,
+    /// Whether the records' data is in the shadow.
+    to_shadow: bool,
+    /// What is pushed before it, the slice at hand first.
+    slices: VecDeque<(u64, u64)>,
+    /// Bytes of the slices that were pushed.
+    pushed: u64,
+    /// When the slice at hand, or the sync, began.
+    step_began: Instant,
 }
 
 impl Volume {
@@ -167,6 +179,10 @@ impl Volume {
             records,
             commit: None,
             zeroed: Vec::new(),
+            to_shadow: frozen,
+            slices: VecDeque::new(),
+            pushed: 0,
+            step_began: self.sync_began,
         };
         if let Some(view) = self.view.as_mut().filter(|_| frozen || thawing) {
             let after = if frozen { Chunk::Data } else { Chunk::Absent };
@@ -188,8 +204,33 @@ impl Volume {
                 syncing.commit = Some(view.map.plan(changes));
             }
         }
-        let pages = syncing.commit.as_ref().map(|commit| commit.pages.clone());
+        // Past the page cache there is nothing to push.
+        if frozen || !self.options.direct {
+            let view = self.view.as_ref().filter(|_| frozen);
+            syncing.slices = slices(&syncing.records, sectors * SECTOR, |block, mask| {
+                let first = block * sectors + u64::from(mask.trailing_zeros());
+                let end = block * sectors + 64 - u64::from(mask.leading_zeros());
+                let at = first * SECTOR;
+                let at = view.map_or(at, |view| view.geometry.data_offset(at));
+                (at, (end - first) * SECTOR)
+            });
+        }
         self.syncing = Some(syncing);
+        self.go_on_syncing();
+    }
+
+    /// Pushes the next slice, or syncs when all are pushed.
+    fn go_on_syncing(&mut self) {
+        let Some(syncing) = &self.syncing else { return };
+        let frozen = syncing.to_shadow;
+        if let Some(&(at, len)) = syncing.slices.front() {
+            match &mut self.freezing.side {
+                Some(side) if frozen => side.disk.submit(PUSH, Job::Push { at, len }),
+                _ => self.disk.submit(PUSH, Job::Push { at, len }),
+            }
+            return;
+        }
+        let pages = syncing.commit.as_ref().map(|commit| commit.pages.clone());
         match (&mut self.freezing.side, pages) {
             // The shadow's data, then the bits that speak of it.
             (Some(side), Some(pages)) if frozen => {
@@ -204,6 +245,43 @@ impl Volume {
             }
             _ => self.disk.submit(super::SYNC, Job::Sync),
         }
+    }
+
+    /// A slice was pushed. What could not be written is reported only once: then
+    /// the sync has failed.
+    pub(super) fn pushed(&mut self, ok: bool, now: Instant) {
+        if !ok {
+            return self.sync_ended(false, now);
+        }
+        self.made_progress(now);
+        if let Some(syncing) = &mut self.syncing {
+            let bytes = syncing.slices.pop_front().map_or(0, |(_, len)| len);
+            syncing.pushed += bytes;
+            let began = std::mem::replace(&mut syncing.step_began, now);
+            self.progress
+                .took(bytes, now.saturating_duration_since(began));
+        }
+        self.go_on_syncing();
+    }
+
+    /// Something came closer to stable storage; of a disk that was given up only
+    /// a sync shows that.
+    pub(super) fn made_progress(&mut self, now: Instant) {
+        if !self.trouble.is_degraded() {
+            self.progress.made(now);
+        }
+    }
+
+    /// Bytes that are not on stable storage.
+    pub fn left_bytes(&self) -> u64 {
+        let dirty = u64::from(self.cache.dirty().0) * self.cache.block_bytes();
+        let pushed = self.syncing.as_ref().map_or(0, |syncing| syncing.pushed);
+        dirty.saturating_sub(pushed)
+    }
+
+    /// When something came closer to stable storage, the last time.
+    pub fn progress_at(&self) -> Instant {
+        self.progress.at()
     }
 
     /// The image is synced: now the shadow may forget what it has taken over.
@@ -234,9 +312,15 @@ impl Volume {
         let Some(syncing) = self.syncing.take() else {
             return;
         };
+        if ok && syncing.pushed == 0 {
+            let bytes = syncing.records.len() as u64 * self.cache.block_bytes();
+            let time = now.saturating_duration_since(syncing.step_began);
+            self.progress.took(bytes, time);
+        }
         self.settle(syncing.commit, ok);
         self.cache.sync_ended(syncing.records, ok, now);
         if ok {
+            self.progress.made(now);
             // Not every sync is the end of it: one sector may go on failing
             // while the others are written and synced.
             let over = self
@@ -316,15 +400,16 @@ impl Volume {
             self.until_written.pop_front();
             self.complete(waiter.token, None, true);
         }
-        // A write is told when its patience is over, also by a disk that hangs
-        // and says nothing; a flush only by one that fails.
+        // A write is told when the disk has made no progress for so long, also by
+        // one that hangs and says nothing; a flush only by one that fails.
         let patience = self.options.io_patience;
         let failing = self.trouble.is_failing();
         let mut given_up = Vec::new();
         for list in [&mut self.until_synced, &mut self.until_written] {
             let mut index = 0;
             while let Some(waiter) = list.get(index) {
-                if now.saturating_duration_since(waiter.since) < patience {
+                let since = self.progress.since(waiter.since);
+                if now.saturating_duration_since(since) < patience {
                     break;
                 }
                 if waiter.is_impatient(failing) {
@@ -337,24 +422,28 @@ impl Volume {
         for waiter in given_up {
             self.complete(waiter.token, None, false);
         }
-        if !failing {
-            return;
-        }
-        let is_old =
-            |parked: &ParkedWrite| now.saturating_duration_since(parked.since()) >= patience;
-        while self.parked.front().is_some_and(is_old) && !self.discarding.is_submitted() {
+        if failing || self.progress.hangs(now, patience) {
             self.give_up_parked(now);
         }
     }
 
-    /// Ends the first that waits for a slot or for its turn: it was not done.
+    /// Ends what has waited for a slot or for its turn for too long: it was not
+    /// done.
     fn give_up_parked(&mut self, now: Instant) {
-        if self.is_discarding() {
-            self.discard_ended(false, now);
-        } else if let Some(ParkedWrite::Write { token, data, .. }) = self.parked.pop_front() {
-            self.parked_bytes -= data.len();
-            self.bufs.put(data.buf);
-            self.complete(token, None, false);
+        let (patience, progress) = (self.options.io_patience, self.progress.at());
+        let is_old = |parked: &ParkedWrite| {
+            now.saturating_duration_since(parked.since().max(progress)) >= patience
+        };
+        // A discard that the disk has ends by itself.
+        let first = usize::from(self.discarding.is_submitted());
+        let is_zeros = |parked: &ParkedWrite| matches!(parked, ParkedWrite::Zeros { .. });
+        let ends = |parked: &ParkedWrite| is_old(parked) && (first == 0 || !is_zeros(parked));
+        while self.parked.get(first).is_some_and(ends) {
+            if first == 0 && self.is_discarding() {
+                self.discard_ended(false, now);
+            } else {
+                self.fail_parked(first);
+            }
         }
     }
 }

@@ -16,6 +16,7 @@ use std::rc::Rc;
 use std::sync::Mutex;
 
 mod freezing;
+mod slow;
 
 const SECTORS: u64 = 96;
 const BYTES: usize = 4096 + (SECTORS * 512) as usize;

@@ -17,6 +17,8 @@ const RUN_MAX: usize = 64;
 /// Jobs that write to the page cache at the same time, and runs of each.
 const JOBS: usize = 4;
 const RUNS_MAX: usize = 64;
+/// Bytes of a job from which on no run is added: each job that ends is progress.
+const JOB_BYTES: u64 = 1 << 20;
 
 /// A write that waits for a slot, or a discard in its turn.
 #[derive(Debug)]
@@ -201,15 +203,20 @@ impl Volume {
                 index += 1;
                 continue;
             }
-            match self.parked.remove(index) {
-                Some(ParkedWrite::Write { token, data, .. }) => {
-                    self.parked_bytes -= data.len();
-                    self.bufs.put(data.buf);
-                    self.complete(token, None, false);
-                }
-                Some(ParkedWrite::Discard { token, .. }) => self.complete(token, None, false),
-                _ => {}
+            self.fail_parked(index);
+        }
+    }
+
+    /// Ends one that waits: it is not done.
+    pub(super) fn fail_parked(&mut self, index: usize) {
+        match self.parked.remove(index) {
+            Some(ParkedWrite::Write { token, data, .. }) => {
+                self.parked_bytes -= data.len();
+                self.bufs.put(data.buf);
+                self.complete(token, None, false);
             }
+            Some(ParkedWrite::Discard { token, .. }) => self.complete(token, None, false),
+            Some(ParkedWrite::Zeros { .. }) | None => {}
         }
     }
 
@@ -248,9 +255,9 @@ impl Volume {
         } else {
             (JOBS, RUNS_MAX)
         };
-        while self.writing < depth && !self.free.is_empty() {
-            let (mut segments, mut slots) = (Vec::new(), Vec::new());
-            while segments.len() < most {
+        while self.writing < depth && !self.free.is_empty() && (direct || !self.is_far_ahead()) {
+            let (mut segments, mut slots, mut bytes) = (Vec::new(), Vec::new(), 0);
+            while segments.len() < most && bytes < JOB_BYTES {
                 let Some(run) = self.next_run(until, to_shadow) else {
                     break;
                 };
@@ -260,6 +267,7 @@ impl Volume {
                     at: view.map_or(place, |view| view.geometry.data_offset(place)),
                     pieces: run.pieces,
                 });
+                bytes += run.extent.byte_len();
                 slots.extend(run.slots);
             }
             if segments.is_empty() {
@@ -278,6 +286,13 @@ impl Volume {
             }
         }
         self.fill_wanted();
+    }
+
+    /// `true` if the sync that runs would be long by what is written meanwhile.
+    fn is_far_ahead(&self) -> bool {
+        let awaiting = self.cache.awaiting_sync() as u64 * self.cache.block_bytes();
+        let ahead = awaiting + self.writing as u64 * JOB_BYTES;
+        self.syncing.is_some() && ahead >= self.progress.ahead_max()
     }
 
     /// The next run of what is dirty. Of a chunk that changes its place by this,

@@ -208,7 +208,9 @@ fn a_durable_write_waits_while_the_disk_fails_and_no_longer_than_patience() {
     let start = bench.now;
     let reply = bench.ask_patiently(&Ask::write(0, &sectors(1, 2)));
     assert_eq!(registers(&reply), (0x61, 4, 2));
-    assert_eq!(bench.now - start, IO_PATIENCE);
+    // Each write that the disk took before it was given up was progress.
+    let most = IO_PATIENCE + Duration::from_secs(2);
+    assert!((IO_PATIENCE..most).contains(&(bench.now - start)));
 
     // A failure that passes costs the write nothing but time.
     let mut bench = Bench::with(durable());
