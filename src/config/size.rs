@@ -15,9 +15,27 @@ pub(super) fn parse(text: &str) -> Option<u64> {
     digits.parse::<u64>().ok()?.checked_mul(1 << shift)
 }
 
+/// Writes a number of bytes with the largest suffix that leaves it whole.
+pub(super) fn text(bytes: u64) -> String {
+    let suffixes = [(40, "T"), (30, "G"), (20, "M"), (10, "K")];
+    let fits = |(shift, _): &&(u32, &str)| bytes != 0 && bytes % (1 << *shift) == 0;
+    match suffixes.iter().find(fits) {
+        Some((shift, suffix)) => format!("{}{suffix}", bytes >> shift),
+        None => bytes.to_string(),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn sizes_are_written_as_they_are_read() {
+        for size in ["0", "511", "1K", "1025", "256K", "64M", "1G", "3T", "5000G"] {
+            assert_eq!(text(parse(size).unwrap()), size);
+        }
+        assert_eq!(text(u64::MAX), u64::MAX.to_string());
+    }
 
     #[test]
     fn sizes_are_read_or_refused() {

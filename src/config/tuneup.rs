@@ -60,6 +60,8 @@ pub struct Tuneup {
     pub on_stop: OnStop,
     /// How long writes are left unanswered at most.
     pub hold_max: Duration,
+    /// How long a freeze may last before it thaws by itself; zero for ever.
+    pub freeze_max: Duration,
     /// Serial number; empty: made from address and host name.
     pub serial: String,
     /// Model.
@@ -98,7 +100,7 @@ pub enum DiskEngine {
 }
 
 /// Every key there is.
-const KEYS: [(&str, Kind); 22] = [
+const KEYS: [(&str, Kind); 23] = [
     ("receive", Kind::Engine(|t, v| t.receive = v)),
     (
         "ring_size",
@@ -176,6 +178,12 @@ const KEYS: [(&str, Kind); 22] = [
             t.hold_max = Duration::from_secs(v)
         }),
     ),
+    (
+        "freeze_max",
+        Kind::Number(0..=604_800, "seconds", |t, v| {
+            t.freeze_max = Duration::from_secs(v)
+        }),
+    ),
     ("serial", Kind::Text(20, |t, v| t.serial = v)),
     ("model", Kind::Text(40, |t, v| t.model = v)),
 ];
@@ -236,6 +244,7 @@ impl Default for Tuneup {
             shadow_full: WhenFull::Thaw,
             on_stop: OnStop::Merge,
             hold_max: Duration::ZERO,
+            freeze_max: Duration::ZERO,
             serial: String::new(),
             model: String::new(),
         };
@@ -324,9 +333,9 @@ impl Tuneup {
                     Value::Text(text) => size::parse(&text),
                     _ => None,
                 };
-                let (min, max) = (range.start() >> 10, range.end() >> 10);
                 let bytes = bytes.filter(|bytes| range.contains(bytes)).ok_or_else(|| {
-                    format!("{key} takes a size from {min}K to {max}K, such as \"4M\"")
+                    let (min, max) = (size::text(*range.start()), size::text(*range.end()));
+                    format!("{key} takes a size from {min} to {max}, such as \"4M\"")
                 })?;
                 set(self, bytes as usize);
             }
@@ -462,7 +471,12 @@ mod tests {
             "my.toml:1: qdisc_bypass takes true or false"
         );
         assert!(read("spin = -1").starts_with("my.toml:1: spin takes"));
-        assert!(read("ring_size = \"4X\"").contains("such as \"4M\""));
+        assert_eq!(
+            read("ring_size = \"4X\""),
+            "my.toml:1: ring_size takes a size from 256K to 1G, such as \"4M\""
+        );
+        assert!(read("cache_size = 1").contains("from 256K to 64G,"));
+        assert!(read("read_ahead = \"1G\"").contains("from 0 to 64M,"));
         assert!(read("a = 1\nb = = 2").starts_with("my.toml:2: "));
         let long = read("serial = \"123456789012345678901\"");
         assert!(long.contains("at most 20 characters; this one has 21"));

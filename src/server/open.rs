@@ -146,6 +146,7 @@ pub(super) fn open(options: &Options) -> Result<Export, ServeError> {
         merge_share: tuneup.merge_share,
         shadow_full: tuneup.shadow_full,
         hold_max: tuneup.hold_max,
+        freeze_max: tuneup.freeze_max,
     };
     let mut volume = Volume::new(Instant::now(), disk, cache, bounds, volume_options);
     volume.set_on_stop(tuneup.on_stop);

@@ -16,6 +16,7 @@
 mod bufs;
 mod discards;
 mod freeze;
+mod frozen;
 mod merge;
 mod progress;
 mod reads;
@@ -162,6 +163,8 @@ pub struct VolumeOptions {
     pub shadow_full: WhenFull,
     /// So long writes are left unanswered at most.
     pub hold_max: Duration,
+    /// A freeze that lasts so long thaws by itself; zero for never.
+    pub freeze_max: Duration,
 }
 
 /// A job under way.

@@ -303,6 +303,7 @@ impl Bench {
             merge_share: 25,
             shadow_full: crate::freeze::WhenFull::Thaw,
             hold_max: Duration::from_secs(120),
+            freeze_max: Duration::ZERO,
         };
         let now = Instant::now();
         let volume = Volume::new(now, Box::new(gate), cache, bounds, options);

@@ -28,7 +28,6 @@
 //! At the end the record goes first, since a record without a shadow refuses every
 //! start; then the marker, for the same reason; then the shadow, which is empty.
 
-use std::fmt;
 use std::time::{Duration, Instant};
 
 use shadow::{Commit, Geometry, Map, SECTOR, State};
@@ -36,6 +35,7 @@ use shadow::{Commit, Geometry, Map, SECTOR, State};
 use super::super::cache::{DIRTY_MIN, Epoch};
 use super::super::disk::{Disk, DiskError, Job, JobId, Step};
 use super::Volume;
+use super::frozen::{Frozen, Thaw};
 use super::merge::Merge;
 use super::view::View;
 use crate::freeze::{Begin, OnStop, Order, Phase, Senseless, decide};
@@ -115,33 +115,14 @@ pub(super) struct Freezing {
     retry_at: Option<Instant>,
     /// The shadow takes no more: until when writes are not answered.
     pub full: Option<Instant>,
+    /// How long the image is quiesced, while it is.
+    pub frozen: Option<Frozen>,
     /// What a stop does with a shadow.
     pub on_stop: OnStop,
     /// How many slots may be dirty when nothing is frozen.
     pub dirty_max: u32,
     /// A change of the bitmap for a discard that is under way.
     pub forgetting: Option<Commit>,
-}
-
-/// Why a thaw waits for its moment.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Thaw {
-    /// The operator ordered it.
-    Ordered,
-    /// The process is to stop, and merges first.
-    Stop,
-    /// The shadow can take no more.
-    Full,
-}
-
-impl fmt::Display for Thaw {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Thaw::Ordered => "thaw",
-            Thaw::Stop => "thaw before the stop",
-            Thaw::Full => "thaw of the full shadow, which nobody ordered",
-        })
-    }
 }
 
 impl Freezing {
@@ -154,6 +135,7 @@ impl Freezing {
             step: false,
             retry_at: None,
             full: None,
+            frozen: None,
             on_stop: OnStop::Merge,
             dirty_max,
             forgetting: None,
@@ -431,6 +413,7 @@ impl Volume {
             }
             Stage::Appearing => {}
             Stage::Frozen => {
+                self.look_at_time(now);
                 if self.freezing.full.is_some_and(|until| until <= now) {
                     let hold_max = self.options.hold_max.as_secs();
                     log::warn!(
@@ -446,6 +429,7 @@ impl Volume {
                         self.shadow(),
                         self.unmerged_mib()
                     );
+                    self.freezing.frozen = None;
                     self.freezing.stage = Stage::Sealing;
                 }
             }
@@ -514,7 +498,7 @@ impl Volume {
         self.freezing.stage = Stage::Thawing;
     }
 
-    fn unmerged_mib(&self) -> u64 {
+    pub(super) fn unmerged_mib(&self) -> u64 {
         self.unmerged_bytes() >> 20
     }
 
@@ -551,11 +535,16 @@ impl Volume {
             Stage::Frozen => self.freezing.full,
             _ => None,
         };
+        let waits = matches!(self.freezing.stage, Stage::Frozen)
+            && self.freezing.thaw.is_none()
+            && !self.draining;
+        let frozen = self.freezing.frozen.filter(|_| waits);
+        let frozen = frozen.map(|frozen| frozen.deadline(self.options.freeze_max));
         let merge = match self.freezing.stage {
             Stage::Thawing => self.merge.retry_at(),
             _ => None,
         };
-        let all = [held, merge, self.freezing.retry_at];
+        let all = [held, frozen, merge, self.freezing.retry_at];
         all.into_iter().flatten().min()
     }
 

@@ -8,7 +8,8 @@ use shadow::SECTOR;
 use super::super::cache::DIRTY_MIN;
 use super::super::disk::Step;
 use super::Volume;
-use super::freeze::{Stage, Thaw};
+use super::freeze::Stage;
+use super::frozen::Thaw;
 use crate::freeze::WhenFull;
 
 /// The part of a limit that is taken at once.

@@ -16,6 +16,7 @@ use std::rc::Rc;
 use std::sync::Mutex;
 
 mod freezing;
+mod limits;
 mod slow;
 
 const SECTORS: u64 = 96;
@@ -48,6 +49,7 @@ fn options(direct: bool, align: usize) -> VolumeOptions {
         merge_share: 25,
         shadow_full: WhenFull::Thaw,
         hold_max: Duration::from_secs(120),
+        freeze_max: Duration::ZERO,
     }
 }
 

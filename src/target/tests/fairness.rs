@@ -193,6 +193,7 @@ impl Hall {
             merge_share: 25,
             shadow_full: crate::freeze::WhenFull::Thaw,
             hold_max: Duration::from_secs(120),
+            freeze_max: Duration::ZERO,
         };
         let volume = Volume::new(now, disk, cache, bounds, options);
         let dir = tempfile::tempdir().unwrap();
