@@ -181,6 +181,12 @@ impl TryFrom<Cli> for Options {
         }
         let image = absolute(Path::new(image))?;
         let shadow = cli.shadow.as_deref().map(shadow_option).transpose()?;
+        if cli.read_only && shadow.is_some() {
+            return Err(usage(
+                "-r and -f: a read-only image takes no writes that could go to a shadow; leave \
+                 -f out, or -r if a shadow is to be merged",
+            ));
+        }
         let shadow = shadow
             .map(|shadow| check_shadow(shadow, &image))
             .transpose()?;

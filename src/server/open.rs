@@ -217,7 +217,7 @@ fn shadow_side(
     found: Option<FoundShadow>,
     event: Arc<EventFd>,
 ) -> Result<Option<ShadowSide>, ServeError> {
-    let Some(shadow) = options.shadow.as_ref().filter(|_| !image.is_read_only()) else {
+    let Some(shadow) = options.shadow.as_ref() else {
         return Ok(None);
     };
     let (path, image) = (&shadow.path, Arc::clone(image));

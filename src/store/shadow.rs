@@ -90,7 +90,9 @@ impl fmt::Display for ShadowError {
             ),
             ShadowError::ReadOnly(path) => write!(
                 f,
-                "shadow {} is not merged yet, which changes the image; start once without -r",
+                "shadow {} is not merged yet, which changes the image; start once without -r and \
+                 with -f {}, and thaw it",
+                path.display(),
                 path.display()
             ),
             ShadowError::MarkerAlone(marker, shadow) => write!(
@@ -317,6 +319,9 @@ pub(super) fn find<P: Place>(
         };
     }
     if let Some(recorded) = &recorded {
+        if image.is_read_only() {
+            return Err(ShadowError::ReadOnly(recorded.clone()));
+        }
         if given != Some(recorded) {
             return Err(ShadowError::NotGiven(recorded.clone()));
         }
@@ -337,7 +342,6 @@ pub(super) fn find<P: Place>(
                 let marker = marker.path(&paths).to_owned();
                 return Err(ShadowError::MarkerAlone(marker, other.clone()));
             }
-            None if image.is_read_only() => return Ok(None),
             None => return probe(path).map(|()| None),
         },
         [name] => *name,
@@ -367,9 +371,6 @@ pub(super) fn find<P: Place>(
             geometry.len() / shadow::SECTOR,
             geometry.start() / shadow::SECTOR
         )));
-    }
-    if image.is_read_only() {
-        return Err(ShadowError::ReadOnly(real.to_owned()));
     }
     // Whoever left it may have seen a sync fail.
     let confirmed = match shadow::fault!("shadow-not-confirmed") {

@@ -300,8 +300,9 @@ fn a_start_without_the_shadow_is_refused() {
         assert!(said.contains(&format!("start with -f {path}")), "{said}");
         assert!(said.contains("--discard-shadow"), "{said}");
     }
-    let said = bed.refused(&["-r", "-f", &path]);
-    assert!(said.contains("without -r"), "{said}");
+    let said = bed.refused(&["-r"]);
+    let remedy = format!("start once without -r and with -f {path}");
+    assert!(said.contains(&remedy), "{said}");
     let away = bed.store.path().join("away");
     fs::rename(bed.shadow(), &away).unwrap();
     let said = bed.refused(&["-f", &path]);

@@ -150,6 +150,7 @@ fn other_arguments_are_checked() {
         ("--log paper", "--log paper: is none of"),
         ("--set spn=1", "did you mean 'spin'"),
         ("-f x,0", "-f limit 0"),
+        ("-r -f x", "-r and -f: a read-only image"),
     ] {
         let (code, text) = refused(&format!("{line} 1 1 lo img"));
         assert_eq!(code, 2, "{line}");

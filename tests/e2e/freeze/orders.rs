@@ -79,7 +79,7 @@ fn a_read_only_image_is_still_anyway() {
         return;
     }
     let bed = Bed::new();
-    let mut target = bed.start(&["-r"]);
+    let mut target = bed.start_with(&["-r"]);
     for orders in [1, 2] {
         order(&target, orders);
         target.wait_for_line("read-only", soon()).unwrap();
