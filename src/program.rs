@@ -32,6 +32,7 @@ pub fn main(command: Command, args: impl IntoIterator<Item = OsString>) -> ExitC
             return ExitCode::from(e.exit_code());
         }
     };
+    options.wait_for_interfaces |= is_service();
     // Before any thread exists, so that all of them have it.
     if let Err(e) = Signals::block() {
         complain(&format!("blocking signals: {e}"));
@@ -64,6 +65,12 @@ pub fn main(command: Command, args: impl IntoIterator<Item = OsString>) -> ExitC
     }
     logging.finish();
     ExitCode::from(u8::from(result.is_err()))
+}
+
+/// `true` if systemd started us, which at boot does not wait for interfaces.
+fn is_service() -> bool {
+    let is_set = |name| std::env::var_os(name).is_some();
+    is_set("NOTIFY_SOCKET") || is_set("INVOCATION_ID")
 }
 
 /// A line for whoever started us, when there is no logger yet.

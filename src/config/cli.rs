@@ -59,6 +59,11 @@ pub struct Cli {
     #[arg(long, value_name = "WHAT[,WHAT..]")]
     pub deny: Vec<String>,
 
+    /// Start without the interfaces that are not there yet, and take them when
+    /// they appear; so under systemd
+    #[arg(long)]
+    pub wait_for_interfaces: bool,
+
     /// Serve even if another target answers under this address
     #[arg(long)]
     pub shared_address: bool,
@@ -102,7 +107,8 @@ pub struct Cli {
     #[arg(long, value_name = "FILE")]
     pub pid_file: Option<PathBuf>,
 
-    /// Say more; twice, much more
+    /// Say which engines and files are used, and the counters every minute; twice,
+    /// every second
     #[arg(short = 'v', long, action = clap::ArgAction::Count)]
     pub verbose: u8,
 

@@ -72,6 +72,8 @@ pub struct Options {
     pub policy: Policy,
     /// The shadow file.
     pub shadow: Option<ShadowOption>,
+    /// Start without the interfaces that are not there yet.
+    pub wait_for_interfaces: bool,
     /// Serve beside another target of this address.
     pub shared_address: bool,
     /// Where the wire's state is kept.
@@ -228,6 +230,7 @@ impl TryFrom<Cli> for Options {
             durable: cli.durable,
             policy: policy(&cli.masks, &cli.deny)?,
             shadow,
+            wait_for_interfaces: cli.wait_for_interfaces,
             shared_address: cli.shared_address,
             state_dir,
             run_dir,

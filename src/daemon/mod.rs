@@ -101,6 +101,7 @@ fn begin(options: &Options) -> Result<(Export, Signals, Option<PidFile>), Daemon
     if let Some(pid_file) = &mut pid_file {
         pid_file.write()?;
     }
+    log::info!("{}", export.introduce(options));
     let mut out = io::stdout().lock();
     for line in export.describe() {
         // Nobody may be listening; that is no reason not to serve.

@@ -188,6 +188,8 @@ pub struct Nic {
     pub link: Option<Link>,
     /// Its open side, while it can be served.
     pub port: Option<Port>,
+    /// Why it is lost, as it was told last.
+    told: Option<String>,
 }
 
 /// What became of a NIC when it was looked at again.
@@ -212,10 +214,21 @@ impl Nic {
             name: name.to_owned(),
             link: None,
             port: None,
+            told: None,
         };
         match nic.refresh(options) {
             Change::Lost(e) => Err(e),
             _ => Ok(nic),
+        }
+    }
+
+    /// A NIC that is not there yet, as this error has told.
+    pub fn absent(e: &NicError) -> Nic {
+        Nic {
+            name: e.name.clone(),
+            link: None,
+            port: None,
+            told: Some(e.to_string()),
         }
     }
 
@@ -229,17 +242,8 @@ impl Nic {
         let link = match self.look() {
             Ok(link) => link,
             Err(why) => {
-                let had = self.port.take().is_some() | self.link.take().is_some();
-                let lost = NicError {
-                    name: self.name.clone(),
-                    why,
-                };
-                // Said once, not at every look; the first look has no before.
-                return if had || self.never_seen() {
-                    Change::Lost(lost)
-                } else {
-                    Change::None
-                };
+                self.link = None;
+                return self.lose(why);
             }
         };
         let before = self.link.replace(link);
@@ -256,23 +260,29 @@ impl Nic {
             };
         }
         // Closed before the next is opened, so that no frame comes in twice.
-        let had = self.port.take().is_some();
+        self.port = None;
         match Port::open(&link, options) {
             Ok(port) => {
                 self.port = Some(port);
+                self.told = None;
                 Change::Reopened
             }
-            // Said once, not at every new attempt.
-            Err(_) if !had && before.is_some() => Change::None,
-            Err(why) => Change::Lost(NicError {
-                name: self.name.clone(),
-                why,
-            }),
+            Err(why) => self.lose(why),
         }
     }
 
-    fn never_seen(&self) -> bool {
-        self.link.is_none() && self.port.is_none()
+    /// Notes that it cannot be served; told once for each reason, not at every
+    /// look.
+    fn lose(&mut self, why: NicTrouble) -> Change {
+        self.port = None;
+        let name = self.name.clone();
+        let lost = NicError { name, why };
+        let text = lost.to_string();
+        if self.told.as_ref() == Some(&text) {
+            return Change::None;
+        }
+        self.told = Some(text);
+        Change::Lost(lost)
     }
 
     fn look(&self) -> Result<Link, NicTrouble> {

@@ -6,6 +6,7 @@
 //! disk has finished, then sends all replies.
 
 mod open;
+mod report;
 mod wait;
 
 use std::fmt;
@@ -14,9 +15,13 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+use shadow::SECTOR;
+
 use crate::config::{Options, Tuneup};
 use crate::freeze::{OnStop, Order, Phase};
-use crate::net::{self, Change, Flushed, Nic, NicError, NicId, PortOptions, probe::Rival};
+use crate::net::{
+    self, Change, Flushed, Nic, NicError, NicId, NicTrouble, PortOptions, probe::Rival,
+};
 use crate::store::{Image, ImageError, Record, RecoverError, ShadowError, StateError};
 use crate::sys::link::LinkWatch;
 use crate::sys::packet::BATCH;
@@ -25,6 +30,7 @@ use crate::target::{Action, Target};
 use crate::text::count;
 use crate::wire::{Address, MacAddr, sectors_per_frame};
 
+use report::Report;
 use wait::Wait;
 
 /// Turns with work before the loop looks at signals and links.
@@ -81,6 +87,9 @@ pub enum ServeError {
 impl fmt::Display for ServeError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
+            ServeError::Nic(e) if matches!(e.why, NicTrouble::Unknown) => {
+                write!(f, "{e}; --wait-for-interfaces starts without it")
+            }
             ServeError::Nic(e) => write!(f, "{e}"),
             ServeError::Image(e) => write!(f, "{e}"),
             ServeError::State(e) => write!(f, "{e}; mend it or name another --state-dir"),
@@ -146,6 +155,7 @@ pub struct Export {
     /// Kept as long as the address is ours on this machine.
     _claims: Vec<std::os::unix::net::UnixDatagram>,
     rival_logged: Option<Instant>,
+    report: Report,
 }
 
 /// A stop that was ordered and goes on.
@@ -170,6 +180,34 @@ impl Export {
         let (pid, sectors) = (std::process::id(), count(self.target.sectors(), "sector"));
         lines.push(format!("pid {pid}: {}, {sectors}, {mode}", self.address));
         lines
+    }
+
+    /// The line of the log with which it begins.
+    pub fn introduce(&self, options: &Options) -> String {
+        let path = self.image.path().display();
+        let sectors = self.target.sectors();
+        let bytes = sectors * SECTOR;
+        let mut mode = String::from(if self.read_only {
+            "read-only"
+        } else {
+            "read-write"
+        });
+        for (is_so, word) in [
+            (options.durable, "durable"),
+            (self.image.is_direct(), "direct"),
+        ] {
+            if is_so {
+                mode = mode + ", " + word;
+            }
+        }
+        format!(
+            "{}: {path}: {} ({bytes} bytes), {mode}, on {}; aoede {}, pid {}",
+            self.address,
+            count(sectors, "sector"),
+            options.nics.join(", "),
+            env!("CARGO_PKG_VERSION"),
+            std::process::id()
+        )
     }
 
     /// Serves until a signal says to stop, then ends in order.
@@ -228,6 +266,10 @@ impl Export {
             // The others may leave no moment in which nothing happens.
             let missing = self.nics.iter().any(|nic| nic.port.is_none());
             let retry = missing && looked.elapsed() >= NIC_RETRY;
+            let counters = self.target.counters();
+            if let Some(line) = self.report.line(Instant::now(), self.address, counters) {
+                log::debug!("{line}");
+            }
             if woken.links || retry {
                 self.look_at_links();
                 looked = Instant::now();
@@ -377,7 +419,9 @@ impl Export {
             .any(|nic| nic.port.is_none())
             .then_some(NIC_RETRY);
         let pulse = self.target.is_writing().then_some(PULSE);
-        [disk, stop, nic, pulse].into_iter().flatten().min()
+        let report = self.report.due();
+        let report = report.map(|at| at.saturating_duration_since(now));
+        [disk, stop, nic, pulse, report].into_iter().flatten().min()
     }
 
     /// How a stop goes on: `None` while the disk has not finished.
@@ -519,16 +563,18 @@ impl Export {
             match self.nics[index].refresh(&self.port_options) {
                 Change::None => {}
                 Change::Lost(e) => {
-                    log::warn!("{e}; waiting for it");
+                    log::warn!("{}: {e}; waiting for it", self.address);
                     self.target.set_nic(id, None);
                 }
-                Change::Down => log::warn!("{}: link down", self.nics[index].name),
+                Change::Down => {
+                    log::warn!("{}: {}: link down", self.address, self.nics[index].name);
+                }
                 Change::Up => {
-                    log::info!("{}: link up", self.nics[index].name);
+                    log::info!("{}: {}: link up", self.address, self.nics[index].name);
                     self.advertise(id);
                 }
                 Change::Reopened => {
-                    log::info!("{}", describe_nic(&self.nics[index]));
+                    log::info!("{}: {}", self.address, describe_nic(&self.nics[index]));
                     match self.attach(index) {
                         Ok(()) => self.advertise(id),
                         Err(e) => log::error!("{e}"),
@@ -542,6 +588,14 @@ impl Export {
     fn attach(&mut self, index: usize) -> Result<(), ServeError> {
         let nic = &self.nics[index];
         self.target.set_nic(NicId(index as u16), nic.info());
+        if let Some(port) = &nic.port {
+            let how = if port.receiver.is_ring() {
+                "a ring"
+            } else {
+                "recvmmsg"
+            };
+            log::debug!("{}: {}: receives with {how}", self.address, nic.name);
+        }
         match &nic.port {
             Some(port) => self
                 .wait

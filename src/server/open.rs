@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use nix::sys::eventfd::EventFd;
 
+use super::report::Report;
 use super::wait::Wait;
 use super::{Export, ServeError, uuid};
 use crate::access::{MacSet, WireState};
@@ -48,16 +49,21 @@ pub(super) fn open(options: &Options) -> Result<Export, ServeError> {
     };
     // Before the NICs are looked at, so that no change after that is missed.
     let watch = LinkWatch::new().map_err(system("listening for link changes"))?;
-    let nics = options
-        .nics
-        .iter()
-        .map(|name| Nic::open(name, &port_options));
+    let nics = options.nics.iter();
+    let nics = nics.map(|name| match Nic::open(name, &port_options) {
+        Err(e) if options.wait_for_interfaces && matches!(e.why, NicTrouble::Unknown) => {
+            log::warn!("{address}: {e}; waiting for it");
+            Ok(Nic::absent(&e))
+        }
+        result => result,
+    });
     let nics = nics
         .collect::<Result<Vec<_>, _>>()
         .map_err(ServeError::Nic)?;
     for (n, nic) in nics.iter().enumerate() {
         // Each of its frames would come in twice.
-        let same = |other: &&Nic| other.link.map(|l| l.index) == nic.link.map(|l| l.index);
+        let index = |nic: &Nic| nic.link.map(|link| link.index);
+        let same = |other: &&Nic| nic.link.is_some() && index(other) == index(nic);
         if let Some(other) = nics[..n].iter().find(same) {
             return Err(ServeError::Nic(NicError {
                 name: nic.name.clone(),
@@ -105,7 +111,8 @@ pub(super) fn open(options: &Options) -> Result<Export, ServeError> {
 
     let event = Pool::event().map_err(system("making an event"))?;
     let event = Arc::new(event);
-    let disk = disk(&image, &tuneup, &event).map_err(system("starting the disk engine"))?;
+    let disk =
+        disk(address, &image, &tuneup, &event).map_err(system("starting the disk engine"))?;
     let arena_options = ArenaOptions {
         state_dir: options.state_dir.clone(),
         run_dir: options.run_dir.clone(),
@@ -123,6 +130,14 @@ pub(super) fn open(options: &Options) -> Result<Export, ServeError> {
     }
     let slots = u64::from(prepared.arena.count());
     let dirty_max = (slots * u64::from(tuneup.dirty_ratio) / 100).max(DIRTY_MIN) as u32;
+    log::debug!(
+        "{address}: cache of {slots} blocks, {dirty_max} of them dirty at most, in {}",
+        match prepared.arena.path() {
+            Some(path) => path.display().to_string(),
+            None => "memory of this process".to_owned(),
+        }
+    );
+    log::debug!("{address}: state file {}", file.path().display());
     let cache = Cache::new(prepared.arena, image.align(), dirty_max);
     let longest = nics
         .iter()
@@ -179,6 +194,7 @@ pub(super) fn open(options: &Options) -> Result<Export, ServeError> {
         wait,
         _claims: claims,
         rival_logged: None,
+        report: Report::new(Instant::now(), log::max_level()),
     })
 }
 
@@ -235,17 +251,23 @@ fn shadow_side(
 
 /// The engine that does what must wait for the disk.
 fn disk(
+    address: Address,
     image: &Arc<Image>,
     tuneup: &Tuneup,
     event: &Arc<EventFd>,
 ) -> std::io::Result<Box<dyn Disk>> {
     if tuneup.disk_engine != DiskEngine::Threads {
         match UringDisk::start(Arc::clone(image), Arc::clone(event)) {
-            Ok(disk) => return Ok(Box::new(disk)),
+            Ok(disk) => {
+                log::debug!("{address}: disk engine: io_uring");
+                return Ok(Box::new(disk));
+            }
             Err(e) if tuneup.disk_engine == DiskEngine::IoUring => return Err(e),
-            Err(e) => log::info!("no io_uring ({e}); threads do the disk work"),
+            Err(e) => log::info!("{address}: no io_uring ({e}); threads do the disk work"),
         }
     }
+    let threads = tuneup.disk_threads;
+    log::debug!("{address}: disk engine: {threads} threads");
     let backing: Arc<dyn Backing> = Arc::<Image>::clone(image);
     let pool = Pool::start_with(backing, tuneup.disk_threads, Arc::clone(event))?;
     Ok(Box::new(pool))

@@ -59,7 +59,7 @@ const REASONS: [(Dropped, &str); 16] = [
 ];
 
 /// Counts since the start.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Counters {
     /// Requests that were answered or will be; of several reads in one frame
     /// each.

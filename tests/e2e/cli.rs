@@ -263,7 +263,10 @@ fn what_cannot_be_served_is_refused_with_1() {
             &["1", "1", "tgt0", "/dev/null"],
             &["/dev/null", "regular file"],
         ),
-        (&["1", "1", "nope0", "disk.img"], &["nope0", "ip link"]),
+        (
+            &["1", "1", "nope0", "disk.img"],
+            &["nope0", "ip link", "--wait-for-interfaces"],
+        ),
         // What old tools call an alias is the same interface once more.
         (&["1", "1", "tgt0:1", "disk.img"], &["tgt0:1", "ip link"]),
         (

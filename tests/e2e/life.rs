@@ -447,6 +447,20 @@ fn aoeded_returns_when_it_serves_and_leaves_nothing_behind_at_the_end() {
     let pid = stray.pid().unwrap();
     assert!(ended.out.contains(&format!("pid {pid}: ")), "{ended:?}");
 
+    // Export, image, size, mode, version and process, for who reads the log later.
+    let line = logged(&log, "disk.img");
+    let version = concat!("aoede ", env!("CARGO_PKG_VERSION"));
+    let process = format!("pid {pid}");
+    for part in [
+        "<30>",
+        "e1.1",
+        "2048 sectors (1048576 bytes)",
+        "read-write",
+        version,
+        &process,
+    ] {
+        assert!(line.contains(part), "no '{part}' in {line}");
+    }
     // It serves already: one question, and no patience.
     let mut client = lab.peer.enter(|| Client::open("ini0")).unwrap().unwrap();
     client.patience.resend = None;
@@ -489,7 +503,7 @@ fn aoeded_that_may_not_begin_says_so_where_it_was_started_and_in_the_log() {
     for (arguments, part) in [
         (&["lo", "no.img"][..], "no.img"),
         (&["nope0", "disk.img"], "nope0"),
-        (&["tgt0", "disk.img"], "another process"),
+        (&["tgt0", "disk.img"], "(aoede) serves it"),
     ] {
         let words = dev.inside();
         let mut command = Command::new(&words[0]);
@@ -535,6 +549,39 @@ fn a_pid_file_is_refused_to_a_second_process_as_long_as_the_first_lives() {
     assert_eq!(read(), format!("{}\n", second.pid()));
     stop(second);
     assert!(!pid_file.exists());
+}
+
+#[test]
+fn v_tells_what_is_used_and_vv_the_counters_of_each_second() {
+    if !lab::require("-v", &[Need::Network]) {
+        return;
+    }
+    let (lab, store) = (Lab::new(1, 1500), Store::new(IMAGE));
+    let used = ["receives with", "disk engine", "cache of", "state file"];
+    let told = |output: &[String], word: &str| output.iter().any(|l| l.contains(word));
+    let quiet = stop(serve(&lab.host, &store, &["tgt0"], &["-q"]));
+    assert!(!quiet.iter().any(|l| l.starts_with("aoede: ")), "{quiet:?}");
+    let plain = stop(serve(&lab.host, &store, &["tgt0"], &[]));
+    assert!(told(&plain, "disk.img: 2048 sectors"), "{plain:?}");
+    let more = stop(serve(&lab.host, &store, &["tgt0"], &["-v"]));
+    for word in used {
+        assert!(
+            !told(&plain, word) && told(&more, word),
+            "{word}: {plain:?} {more:?}"
+        );
+    }
+    let mut most = serve(&lab.host, &store, &["tgt0"], &["-vv"]);
+    let mut client = lab.client(0);
+    for lba in 1..3 {
+        client.write(lba, &[1; SECTOR]).unwrap();
+        let written = format!("{lba} written");
+        let line = most.wait_for_line(&written, soon()).unwrap();
+        assert!(
+            line.contains("e1.1: ") && line.contains("requests"),
+            "{line}"
+        );
+    }
+    stop(most);
 }
 
 #[test]

@@ -691,3 +691,83 @@ fn a_nic_that_could_not_be_opened_is_tried_again_in_the_middle_of_a_load() {
     let said = output.iter().filter(|l| l.contains("tgt0: bind")).count();
     assert_eq!(said, 1, "{output:?}");
 }
+
+#[test]
+fn an_interface_that_cannot_be_served_is_told_of_once() {
+    if !lab::require("an interface that goes", &[Need::Network]) {
+        return;
+    }
+    let (lab, store) = (Lab::new(3, 1500), Store::new(IMAGE));
+    let mut target = serve(&lab.host, &store, &["tgt0", "tgt1", "tgt2"], &[]);
+    lab.cut(0);
+    lab.host.set_mtu("tgt1", 100).unwrap();
+    target.wait_for_line("tgt0: there is none", soon()).unwrap();
+    wait_until("the other line", soon(), || {
+        target.output().iter().any(|l| l.contains("tgt1: MTU 100"))
+    })
+    .unwrap();
+    // Each of these lines is of a look at all of them.
+    for up in [false, true, false, true] {
+        lab.host.set_up("tgt2", up).unwrap();
+        let line = if up { "link up" } else { "link down" };
+        let line = target.wait_for_line(line, soon()).unwrap();
+        assert!(line.contains("e1.1: tgt2: "), "{line}");
+    }
+    // Another reason is another line.
+    lab.host.set_mtu("tgt1", 200).unwrap();
+    target.wait_for_line("tgt1: MTU 200", soon()).unwrap();
+    let output = stop(target);
+    for (line, count) in [
+        ("tgt0: there is none", 1),
+        ("tgt1: MTU 100", 1),
+        ("tgt1: MTU 200", 1),
+    ] {
+        let lines = output.iter().filter(|l| l.contains(line));
+        assert_eq!(lines.count(), count, "'{line}' in {output:?}");
+    }
+}
+
+#[test]
+fn interfaces_that_are_not_there_at_the_start_are_waited_for() {
+    if !lab::require("--wait-for-interfaces", &[Need::Network]) {
+        return;
+    }
+    for (options, variable) in [
+        (&["--wait-for-interfaces"][..], "NOTHING"),
+        (&[], "INVOCATION_ID"),
+        (&[], "NOTIFY_SOCKET"),
+    ] {
+        let (lab, store) = (Lab::new(1, 1500), Store::new(IMAGE));
+        let mut target = command(&lab.host, &store, &["tgt1", "tgt0", "tgt2"], options)
+            .env(variable, "1")
+            .start()
+            .unwrap();
+        target.wait_for_line(": e1.1, ", soon()).unwrap();
+        lab.client(0).write(3, &[3; SECTOR]).unwrap();
+        for wire in [2, 1] {
+            let nic = format!("tgt{wire}");
+            let told =
+                |l: &String| l.contains(&format!("{nic}: there is none")) && l.contains("waiting");
+            let lines = target.output();
+            assert_eq!(lines.iter().filter(|l| told(l)).count(), 1, "{lines:?}");
+            lab.wire(wire, 9000);
+            target.wait_for_line(&format!("{nic}: "), soon()).unwrap();
+            let mut client = lab.client(wire);
+            assert_eq!(client.read(3, 1).unwrap(), [3; SECTOR]);
+            // Its frames are its own: more than a short MTU holds.
+            let data = vec![wire as u8; 8 * SECTOR];
+            client.write(8, &data).unwrap();
+            assert_eq!(client.read(8, 8).unwrap(), data);
+        }
+        stop(target);
+    }
+    // Nothing is there yet at all.
+    let (lab, store) = (Lab::new(0, 1500), Store::new(IMAGE));
+    let mut target = command(&lab.host, &store, &["tgt0"], &["--wait-for-interfaces"])
+        .start()
+        .unwrap();
+    target.wait_for_line(": e1.1, ", soon()).unwrap();
+    lab.wire(0, 1500);
+    lab.client(0).write(3, &[3; SECTOR]).unwrap();
+    stop(target);
+}
