@@ -1,0 +1,95 @@
+//! Why an export cannot begin or must end.
+
+use std::fmt;
+use std::io;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use crate::net::{NicError, NicTrouble, probe::Rival};
+use crate::store::{ImageError, RecoverError, ShadowError, StateError};
+use crate::wire::Address;
+
+/// Why an export cannot begin or must end.
+#[derive(Debug)]
+pub enum ServeError {
+    /// An interface.
+    Nic(NicError),
+    /// The image.
+    Image(ImageError),
+    /// The file with the wire's state.
+    State(StateError),
+    /// The wire's state itself; the file, and what is wrong.
+    BadState(std::path::PathBuf, crate::access::BadState),
+    /// Another target answers under our address.
+    Rival(Address, Rival),
+    /// Another process of this machine has our address on this interface.
+    Claimed(Address, String),
+    /// What a target that died has left.
+    Recover(RecoverError),
+    /// The shadow of a freeze.
+    Shadow(ShadowError),
+    /// Its limit is too low for blocks of so many bytes; the least, in MiB.
+    ShadowLimit(u64, u64),
+    /// The disk made no progress for so long at the end; the file that holds
+    /// what is not on it.
+    StopTimeout(Duration, Option<PathBuf>),
+    /// A second signal to stop came before the first was carried out.
+    StoppedTwice,
+    /// A system call, and which.
+    System(&'static str, io::Error),
+}
+
+impl fmt::Display for ServeError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            ServeError::Nic(e) if matches!(e.why, NicTrouble::Unknown) => {
+                write!(f, "{e}; --wait-for-interfaces starts without it")
+            }
+            ServeError::Nic(e) => write!(f, "{e}"),
+            ServeError::Image(e) => write!(f, "{e}"),
+            ServeError::State(e) => write!(f, "{e}; mend it or name another --state-dir"),
+            ServeError::BadState(path, e) => write!(
+                f,
+                "state file {}: {e}; mend it, or remove it to start without config string, \
+                 masks and reservation",
+                path.display()
+            ),
+            ServeError::Rival(address, Rival { mac, nic }) => write!(
+                f,
+                "{address} is taken: {mac} answers under it on {nic}, and initiators would take \
+                 both for one disk; choose another shelf or slot (--shared-address serves anyway)"
+            ),
+            ServeError::Claimed(address, nic) => write!(
+                f,
+                "{address} is taken: another process of this machine serves it on {nic}; choose \
+                 another shelf or slot (--shared-address serves anyway)"
+            ),
+            ServeError::Recover(e) => write!(f, "{e}"),
+            ServeError::Shadow(e) => write!(f, "{e}"),
+            ServeError::ShadowLimit(block, least) => write!(
+                f,
+                "-f: the limit is too low for a disk with blocks of {block} bytes; give {least} MiB \
+                 or more"
+            ),
+            ServeError::StopTimeout(after, arena) => {
+                write!(
+                    f,
+                    "stopped before the disk had everything: it made no progress for {} s",
+                    after.as_secs()
+                )?;
+                match arena {
+                    Some(path) => write!(
+                        f,
+                        "; what is not on it is kept in {}, and the next start brings it there",
+                        path.display()
+                    ),
+                    None => f.write_str("; writes that were not acknowledged may be missing"),
+                }
+            }
+            ServeError::StoppedTwice => f.write_str("stopped at once by a second signal"),
+            ServeError::System(what, e) => write!(f, "{what}: {e}"),
+        }
+    }
+}
+
+impl std::error::Error for ServeError {}
