@@ -10,7 +10,7 @@ mod smart;
 use shadow::{Extent, Lba};
 
 use crate::wire::ata::{DATA, Outcome, Payload, SECTOR, Taskfile};
-use crate::wire::{ErrorCode, MIN_FRAME};
+use crate::wire::{ErrorCode, MIN_FRAME, pad_to};
 
 pub use identify::Identity;
 pub use smart::{FAILING, GOOD, Health, Smart};
@@ -197,11 +197,16 @@ pub fn is_identify(taskfile: &Taskfile) -> bool {
 /// How long an answer of registers alone must be at least. aoeping, which is
 /// how one asks a target for SMART, takes every answer to a SMART command for
 /// none that has no room for a sector.
-pub fn shortest_answer(taskfile: &Taskfile) -> usize {
+fn shortest_answer(taskfile: &Taskfile) -> usize {
     match taskfile.opcode {
         op::SMART => DATA + SECTOR,
         _ => MIN_FRAME,
     }
+}
+
+/// Pads an answer of registers alone; returns its length.
+pub fn pad_registers(head: &mut [u8], taskfile: &Taskfile) -> usize {
+    pad_to(head, DATA, shortest_answer(taskfile))
 }
 
 /// What the taskfile orders, or the answer that refuses it.

@@ -6,7 +6,6 @@
 
 use std::time::Instant;
 
-use super::ata::pad_registers;
 use super::saves::{Change, Held, Wishes};
 use super::{Action, Arrival, Dropped, NicId, NicInfo, Target};
 use crate::access::{self, Verdict, WireState};
@@ -30,7 +29,7 @@ impl Target {
         let mut next = self.state.clone();
         let (len, wishes) = self.apply_frame(&mut next, arrival, request, head);
         // An order is not answered past those before it, which it may undo.
-        let must_wait = self.saving.is_some() && orders_change(&request.command);
+        let must_wait = self.changes.are_waiting() && orders_change(&request.command);
         if next == self.state && !must_wait {
             return match len {
                 _ if !self.grant(arrival.now, arrival.nic, wishes) => Action::Drop(Dropped::NoRoom),
@@ -38,7 +37,7 @@ impl Target {
                 len => Action::plain(len),
             };
         }
-        self.change(arrival.now, Held::frame(arrival.nic, request.frame), head)
+        self.change(arrival.now, Held::frame(arrival.nic, request), head)
     }
 
     /// Does for an asker what it wishes; `false` if there is no room to
@@ -153,7 +152,7 @@ impl Target {
             Change::Switch(origin, taskfile, _) => {
                 self.header(head, info, origin, None);
                 taskfile.reply(head, drive::fault(taskfile));
-                return pad_registers(head, taskfile);
+                return drive::pad_registers(head, taskfile);
             }
             Change::Frame(frame) => match Request::parse(frame) {
                 Ok(request) => match request.command {

@@ -11,7 +11,7 @@ use crate::store::{Initiator, Queue, Read, Refused, Token, Volume, Write};
 use crate::sys::buffer::Body;
 use crate::wire::ata::{DATA, Outcome, Payload, Taskfile};
 use crate::wire::crc::{self, Sum};
-use crate::wire::{ErrorCode, MacAddr, Origin, Request, pad_to};
+use crate::wire::{ErrorCode, MacAddr, Origin, Request};
 
 /// An ATA request, and who asks.
 #[derive(Clone, Copy, Debug)]
@@ -97,11 +97,6 @@ impl Answer {
         let sum = if summed { size_of::<Sum>() } else { 0 };
         DATA + self.body.as_ref().map_or(0, |body| body.len() + sum)
     }
-}
-
-/// Pads an answer of registers alone; returns its length.
-pub(super) fn pad_registers(head: &mut [u8], taskfile: &Taskfile) -> usize {
-    pad_to(head, DATA, drive::shortest_answer(taskfile))
 }
 
 impl Ask {
@@ -296,6 +291,7 @@ impl Target {
             Order::WriteCache(false) if !self.state.write_cache_off.has_room_for(origin.source) => {
                 return Served::Answer(ask.answer(drive::aborted(&taskfile)));
             }
+            Order::WriteCache(false) if !self.changes.has_room() => Err(Refused::NoRoom),
             Order::WriteCache(false) => {
                 let begun = self.park(parked(Pending::CacheOff), |volume, token| {
                     volume.flush(now, token).map(|()| Work::Under)
@@ -303,7 +299,7 @@ impl Target {
                 // From now on, so that nothing acknowledged meanwhile is left
                 // out of what was promised.
                 if begun.is_ok() {
-                    self.closing.push(origin.source);
+                    self.changes.close(origin.source);
                 }
                 begun
             }
@@ -357,14 +353,7 @@ impl Target {
     pub(super) fn is_durable(&self, source: MacAddr) -> bool {
         self.settings.durable
             || access::is_write_cache_off(&self.state, source)
-            || self.closing.contains(&source)
-    }
-
-    /// An order to switch the write cache off has ended, well or not.
-    pub(super) fn closed(&mut self, source: MacAddr) {
-        if let Some(at) = self.closing.iter().position(|mac| *mac == source) {
-            self.closing.swap_remove(at);
-        }
+            || self.changes.is_closing(source)
     }
 
     fn health(&self, now: Instant) -> Health {
@@ -444,10 +433,10 @@ impl Target {
         if what == Pending::CacheOff {
             if ok {
                 let held = Held::switch(nic, origin, taskfile, Switch::WriteCache(false));
-                self.change_later(now, held);
+                self.change_later(held);
                 return;
             }
-            self.closed(origin.source);
+            self.changes.end(Some(origin.source));
         }
         if !heard {
             self.recycle(data);
@@ -480,7 +469,7 @@ impl Target {
         self.header(head, info, &answer.origin, answer.code);
         answer.taskfile.reply(head, answer.outcome);
         let Some(body) = answer.body else {
-            return Action::plain(pad_registers(head, &answer.taskfile));
+            return Action::plain(drive::pad_registers(head, &answer.taskfile));
         };
         let summed = summed && drive::answers_with_sum(&answer.taskfile);
         let sum = summed.then(|| crc::of_reply(head, &body));

@@ -16,6 +16,7 @@
 
 mod admin;
 mod ata;
+mod change_log;
 mod coalesced;
 mod counters;
 mod extensions;
@@ -44,7 +45,7 @@ use crate::wire::{
 use ata::{Ask, Parked};
 use coalesced::Coalesced;
 use pace::Delayed;
-use saves::{Held, Saving};
+use saves::Changes;
 
 pub use counters::{Counters, Dropped};
 
@@ -138,11 +139,7 @@ pub struct Target {
     nics: Vec<Option<NicInfo>>,
     state: WireState,
     state_file: Arc<StateFile>,
-    saving: Option<Saving>,
-    held: VecDeque<Held>,
-    /// Who has ordered the write cache off, for each order that is not saved yet:
-    /// writes of that host are durable from the moment of its first.
-    closing: Vec<MacAddr>,
+    changes: Changes,
     volume: Volume,
     sessions: Sessions,
     parked: Slab<Parked>,
@@ -169,11 +166,9 @@ impl Target {
         Target {
             settings,
             nics: Vec::new(),
+            changes: Changes::new(state.clone()),
             state,
             state_file,
-            saving: None,
-            held: VecDeque::new(),
-            closing: Vec::new(),
             volume,
             sessions: Sessions::default(),
             parked: Slab::new(PARKED_MAX + PARKED_HEADROOM),
@@ -384,6 +379,7 @@ impl Target {
                 self.completed(now, parked, data, ok);
             }
         }
+        self.advance_changes(now);
         self.release_delayed(now);
         self.answer_further(now);
         if let Some(error) = self.volume.take_error() {
@@ -416,7 +412,8 @@ impl Target {
     /// happens.
     pub fn deadline(&self) -> Option<Instant> {
         let delayed = self.delayed.front().map(|delayed| delayed.due);
-        self.volume.deadline().into_iter().chain(delayed).min()
+        let times = [self.volume.deadline(), delayed, self.changes.deadline()];
+        times.into_iter().flatten().min()
     }
 
     /// Whether nothing is under way, so that one may stop.
@@ -425,12 +422,14 @@ impl Target {
             && self.ready.is_empty()
             && self.delayed.is_empty()
             && self.coalesced.is_empty()
+            && self.changes.is_empty()
     }
 
     /// Brings all that was acknowledged to stable storage, as before an orderly
     /// end; under way until [`is_idle`](Target::is_idle) says it is not.
     pub fn drain(&mut self) {
         self.volume.drain();
+        self.changes.hurry();
         self.hurry();
     }
 

@@ -1,14 +1,19 @@
 //! How what requests change is saved.
 //!
 //! A change is made in a copy of the state. If the copy differs, it is saved
-//! before anyone sees it or any reply leaves; one save at a time, and the next
-//! takes all the changes that came meanwhile. If saving fails nothing has
-//! changed, and those who asked are told so.
+//! before anyone sees it or any reply leaves; one save at a time, a few in a
+//! second, and each takes all the changes that came before it. If saving fails
+//! nothing has changed, and those who asked are told so.
+//!
+//! A change has a place from its request to its answer. There are few places,
+//! and what waits in them is bounded, so that a state directory that hangs costs
+//! no memory. Requests that change nothing go on meanwhile.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use super::ata::pad_registers;
+use super::change_log::ChangeLog;
 use super::{Action, Arrival, Dropped, NicId, Ready, SAVE, Target, What};
 use crate::access::{self, Full, Switch, WireState};
 use crate::drive;
@@ -16,8 +21,32 @@ use crate::wire::ata::Taskfile;
 use crate::wire::extensions::Wish;
 use crate::wire::{HEAD_MAX, MacAddr, Origin, Request};
 
-/// Changes that may wait for a save; more are dropped and asked again.
-const HELD_MAX: usize = 64;
+/// Changes that may wait; more are dropped and asked again. Each keeps
+/// [`ADMIN_MAX`](crate::wire::ADMIN_MAX) bytes of its request, or, once it is
+/// being saved, two replies of [`HEAD_MAX`] bytes at most.
+pub(super) const CHANGES_MAX: usize = 64;
+/// One save in so long, and so many at once after a time without any.
+pub(super) const SAVE_INTERVAL: Duration = Duration::from_millis(200);
+pub(super) const SAVES_AT_ONCE: u32 = 4;
+
+/// Changes on their way, from request to answer.
+#[derive(Debug)]
+pub(super) struct Changes {
+    /// Those that wait for a save to begin, in order.
+    held: VecDeque<Held>,
+    saving: Option<Saving>,
+    /// How many have a place: held, being saved, or waiting for the flush before
+    /// the write cache goes off.
+    count: usize,
+    /// Who has ordered the write cache off, for each order that is not saved yet:
+    /// writes of that host are durable from the moment of its first.
+    closing: Vec<MacAddr>,
+    /// Until when the saves that began take up the intervals.
+    paid: Option<Instant>,
+    /// `true` if saves and lines do not wait for their time any more.
+    hurries: bool,
+    log: ChangeLog,
+}
 
 /// A change that waits for its turn.
 #[derive(Debug)]
@@ -28,7 +57,7 @@ pub(super) struct Held {
 
 #[derive(Debug)]
 pub(super) enum Change {
-    /// A Config, Mask or Reserve request, whole.
+    /// A Config, Mask or Reserve request, as much of it as means something.
     Frame(Vec<u8>),
     /// An ATA command that switches something.
     Switch(Origin, Taskfile, Switch),
@@ -36,11 +65,12 @@ pub(super) enum Change {
 
 /// A save under way, and whom it makes wait.
 #[derive(Debug)]
-pub(super) struct Saving {
+struct Saving {
     next: WireState,
     waiting: Vec<Waiting>,
-    /// What the operator is told once it is so.
-    changes: Vec<String>,
+    /// How many changes it saves, and who made the last.
+    changes: u64,
+    last_by: MacAddr,
 }
 
 #[derive(Debug)]
@@ -72,10 +102,10 @@ impl Wishes {
 }
 
 impl Held {
-    pub(super) fn frame(nic: NicId, frame: &[u8]) -> Held {
+    pub(super) fn frame(nic: NicId, request: &Request) -> Held {
         Held {
             nic,
-            change: Change::Frame(frame.to_vec()),
+            change: Change::Frame(request.admin_bytes().to_vec()),
         }
     }
 
@@ -102,14 +132,94 @@ impl Held {
     }
 }
 
+impl Changes {
+    pub fn new(state: WireState) -> Changes {
+        Changes {
+            held: VecDeque::new(),
+            saving: None,
+            count: 0,
+            closing: Vec::new(),
+            paid: None,
+            hurries: false,
+            log: ChangeLog::new(state),
+        }
+    }
+
+    /// `true` if one more change may wait.
+    pub fn has_room(&self) -> bool {
+        self.count < CHANGES_MAX
+    }
+
+    /// `true` if no change is on its way.
+    pub fn is_empty(&self) -> bool {
+        self.count == 0 && self.closing.is_empty()
+    }
+
+    /// `true` if changes wait that may yet be undone or done by one that comes
+    /// now.
+    pub fn are_waiting(&self) -> bool {
+        self.saving.is_some() || !self.held.is_empty()
+    }
+
+    /// `true` if this host has ordered its write cache off.
+    pub fn is_closing(&self, mac: MacAddr) -> bool {
+        self.closing.contains(&mac)
+    }
+
+    /// Begins an order to switch a write cache off, which has a place from now
+    /// on; there is room.
+    pub fn close(&mut self, mac: MacAddr) {
+        self.count += 1;
+        self.closing.push(mac);
+    }
+
+    /// Ends a change, which gives its place back; `closes` is whose write cache
+    /// it was to switch off.
+    pub fn end(&mut self, closes: Option<MacAddr>) {
+        self.count -= 1;
+        if let Some(at) = self.closing.iter().position(|mac| Some(*mac) == closes) {
+            self.closing.swap_remove(at);
+        }
+    }
+
+    /// Lets nothing wait for its time any more.
+    pub fn hurry(&mut self) {
+        self.hurries = true;
+    }
+
+    /// When the next save may begin; `None` if one may at any time.
+    fn save_due(&self) -> Option<Instant> {
+        let paid = self.paid.filter(|_| !self.hurries)?;
+        paid.checked_sub(SAVE_INTERVAL * (SAVES_AT_ONCE - 1))
+    }
+
+    /// A save begins.
+    fn pay(&mut self, now: Instant) {
+        self.paid = Some(self.paid.map_or(now, |paid| paid.max(now)) + SAVE_INTERVAL);
+    }
+
+    fn may_save(&self, now: Instant) -> bool {
+        self.saving.is_none() && self.save_due().is_none_or(|at| at <= now)
+    }
+
+    /// When there is something to do that waits for its time.
+    pub fn deadline(&self) -> Option<Instant> {
+        let waits = self.saving.is_none() && !self.held.is_empty();
+        let save = self.save_due().filter(|_| waits);
+        save.into_iter().chain(self.log.due()).min()
+    }
+}
+
 impl Target {
-    /// Makes a change, or holds it while a save is under way.
+    /// Makes a change, or holds it until it may be saved.
     pub(super) fn change(&mut self, now: Instant, held: Held, head: &mut [u8]) -> Action {
-        if self.held.len() >= HELD_MAX {
+        if !self.changes.has_room() {
             return Action::Drop(Dropped::NoRoom);
         }
-        self.held.push_back(held);
-        if self.saving.is_some() {
+        self.changes.count += 1;
+        let is_first = self.changes.held.is_empty();
+        self.changes.held.push_back(held);
+        if !is_first || !self.changes.may_save(now) {
             return Action::Parked;
         }
         let before = self.ready.len();
@@ -130,11 +240,22 @@ impl Target {
         }
     }
 
-    /// Makes a change whose asker already waits.
-    pub(super) fn change_later(&mut self, now: Instant, held: Held) {
-        self.held.push_back(held);
-        if self.saving.is_none() {
+    /// Makes a change that has a place already.
+    pub(super) fn change_later(&mut self, held: Held) {
+        self.changes.held.push_back(held);
+    }
+
+    /// Does what has waited for its time: saves what is held, and tells the
+    /// operator what has changed.
+    pub(super) fn advance_changes(&mut self, now: Instant) {
+        if !self.changes.held.is_empty() && self.changes.may_save(now) {
             self.save_held(now);
+        }
+        let hurries = self.changes.hurries;
+        let due = self.changes.log.due();
+        if due.is_some_and(|at| at <= now || hurries) {
+            let line = self.changes.log.line(now, &self.state);
+            log::info!("{}: {line}", self.settings.address);
         }
     }
 
@@ -142,13 +263,14 @@ impl Target {
     /// differs.
     fn save_held(&mut self, now: Instant) {
         let mut next = self.state.clone();
-        let (mut waiting, mut changes) = (Vec::new(), Vec::new());
+        let mut waiting = Vec::new();
+        let (mut changes, mut last_by) = (0, MacAddr::BROADCAST);
         let mut head = vec![0; HEAD_MAX];
-        while let Some(held) = self.held.pop_front() {
+        while let Some(held) = self.changes.held.pop_front() {
             let closes = held.closes();
             let Some(&Some(info)) = self.nics.get(usize::from(held.nic.0)) else {
                 // Nobody would hear the answer; who asked will ask again.
-                closes.inspect(|mac| self.closed(*mac));
+                self.changes.end(closes);
                 continue;
             };
             let arrival = Arrival {
@@ -176,11 +298,12 @@ impl Target {
                     };
                     self.header(&mut head, &info, origin, None);
                     taskfile.reply(&mut head, outcome);
-                    pad_registers(&mut head, taskfile)
+                    drive::pad_registers(&mut head, taskfile)
                 }
             };
             if let Some(asker) = held.asker().filter(|_| next != before) {
-                changes.extend(describe_change(&before, &next, asker));
+                changes += 1;
+                last_by = asker;
             }
             let saved = head[..len].to_vec();
             waiting.push(Waiting {
@@ -195,38 +318,32 @@ impl Target {
             self.release(now, waiting, true);
             return;
         }
+        self.changes.pay(now);
         self.volume
             .save(SAVE, Arc::clone(&self.state_file), next.to_text());
-        self.saving = Some(Saving {
+        self.changes.saving = Some(Saving {
             next,
             waiting,
             changes,
+            last_by,
         });
     }
 
     /// The save under way has ended.
     pub(super) fn saved(&mut self, now: Instant, ok: bool) {
-        let Some(saving) = self.saving.take() else {
+        let Some(saving) = self.changes.saving.take() else {
             return;
         };
-        let Saving {
-            next,
-            waiting,
-            changes,
-        } = saving;
         if ok {
-            self.state = next;
-            changes.iter().for_each(|change| log::info!("{change}"));
+            self.state = saving.next;
+            self.changes.log.saved(now, saving.changes, saving.last_by);
         }
-        self.release(now, waiting, ok);
-        if !self.held.is_empty() {
-            self.save_held(now);
-        }
+        self.release(now, saving.waiting, ok);
     }
 
     fn release(&mut self, now: Instant, waiting: Vec<Waiting>, ok: bool) {
         for one in waiting {
-            one.closes.inspect(|mac| self.closed(*mac));
+            self.changes.end(one.closes);
             // A place that was free when the answer was made may be taken now:
             // then there is none, and the asker asks again.
             let granted = !ok || self.grant(now, one.nic, one.wishes);
@@ -239,40 +356,4 @@ impl Target {
             }
         }
     }
-}
-
-/// Who changed what, for the operator.
-fn describe_change(before: &WireState, next: &WireState, asker: MacAddr) -> Vec<String> {
-    let mut changes = Vec::new();
-    if before.config != next.config {
-        let string = String::from_utf8_lossy(&next.config);
-        let string = string.escape_debug();
-        changes.push(format!("config string set to \"{string}\" by {asker}"));
-    }
-    if before.masks != next.masks {
-        changes.push(format!("mask list changed by {asker}: {:?}", next.masks));
-    }
-    if before.reserved != next.reserved {
-        changes.push(format!(
-            "reservation changed by {asker}: {:?}",
-            next.reserved
-        ));
-    }
-    if before.write_cache_off != next.write_cache_off {
-        let now = if next.write_cache_off.contains(asker) {
-            "off"
-        } else {
-            "on"
-        };
-        changes.push(format!("write cache switched {now} for {asker} by itself"));
-    }
-    if before.smart_off != next.smart_off {
-        let now = if next.smart_off.contains(asker) {
-            "disabled"
-        } else {
-            "enabled"
-        };
-        changes.push(format!("SMART {now} for {asker} by itself"));
-    }
-    changes
 }

@@ -10,6 +10,7 @@ mod doors;
 mod fairness;
 mod links;
 mod pace;
+mod saves;
 mod several;
 mod simulation;
 mod sums;
@@ -119,6 +120,8 @@ impl Backing for Medium {
 #[derive(Default)]
 struct Desk {
     shut: bool,
+    /// How many saves were begun.
+    saves: u32,
     kept: Vec<(JobId, Job)>,
     passed: VecDeque<(JobId, Job)>,
 }
@@ -144,6 +147,7 @@ struct Gate {
 impl Disk for Gate {
     fn submit(&mut self, id: JobId, job: Job) {
         let mut desk = self.desk.borrow_mut();
+        desk.saves += u32::from(matches!(job, Job::Save { .. }));
         match desk.shut {
             true => desk.kept.push((id, job)),
             false => desk.passed.push_back((id, job)),
@@ -421,6 +425,10 @@ impl Bench {
             Got::Reply(reply) => reply,
             Got::Parked => {
                 let mut replies = self.pump();
+                if replies.is_empty() && self.target.changes.are_waiting() {
+                    // There were saves enough in this second.
+                    replies = self.wait();
+                }
                 let (_, reply) = replies.pop().expect("no reply came");
                 assert!(replies.is_empty(), "more replies than one: {replies:?}");
                 reply

@@ -42,6 +42,9 @@ pub const MIN_FRAME: usize = 60;
 pub const ETHERNET_HEADER: usize = 14;
 /// The longest reply without sector data: a mask list of 255 entries.
 pub const HEAD_MAX: usize = mask::DIRECTIVES + mask::DIRECTIVE * mask::LIST_MAX;
+/// The most bytes of a Config, Mask or Reserve request that mean something: those
+/// of a Config replace with its two longest strings, each with its length.
+pub const ADMIN_MAX: usize = config::STRING + 2 + 2 * config::STRING_MAX;
 
 /// The AoE version we speak, in place (high nibble).
 const VERSION: u8 = 0x10;

@@ -2,8 +2,8 @@
 
 use super::ata::Taskfile;
 use super::{
-    Address, ETHERTYPE, ErrorCode, FLAG_ERROR, FLAG_RESPONSE, HEADER, MacAddr, Shelf, Slot,
-    VERSION, ata, be16, config, extensions, mask, reserve,
+    ADMIN_MAX, Address, ETHERTYPE, ErrorCode, FLAG_ERROR, FLAG_RESPONSE, HEADER, MacAddr, Shelf,
+    Slot, VERSION, ata, be16, config, extensions, mask, reserve,
 };
 
 /// Why bytes are no request. None of these gets an answer.
@@ -99,6 +99,12 @@ impl<'a> Request<'a> {
     pub fn addresses(&self, address: Address) -> bool {
         (self.shelf == address.shelf || self.shelf == Shelf::EVERY)
             && (self.slot == address.slot || self.slot == Slot::EVERY)
+    }
+
+    /// As much of a Config, Mask or Reserve request as means something, and no
+    /// more than [`ADMIN_MAX`] bytes: read again it asks the same.
+    pub fn admin_bytes(&self) -> &'a [u8] {
+        &self.frame[..self.frame.len().min(ADMIN_MAX)]
     }
 
     /// Whether it goes to more exports than one.
@@ -263,6 +269,30 @@ mod tests {
     }
 
     proptest! {
+        #[test]
+        fn what_is_kept_of_a_change_asks_the_same(command in 1u8..4, sub in 0u8..7, count: u8,
+                                                  old in 1010u16..1030, new in 1010u16..1030,
+                                                  len in 1900usize..3000) {
+            let mut frame = vec![7; len];
+            frame[12..15].copy_from_slice(&[0x88, 0xA2, 0x10]);
+            frame[19] = command;
+            frame[24..28].copy_from_slice(&[sub % 4, sub % 3, 0, count]);
+            if command == 3 {
+                frame[25] = count;
+            }
+            if command == 1 {
+                frame[29] = sub;
+                frame[30..32].copy_from_slice(&old.to_be_bytes());
+                let at = 32 + usize::from(old);
+                frame[at..at + 2].copy_from_slice(&new.to_be_bytes());
+            }
+            let whole = Request::parse(&frame).unwrap();
+            let kept = whole.admin_bytes();
+            prop_assert!(kept.len() <= ADMIN_MAX);
+            let again = Request::parse(kept).unwrap();
+            prop_assert_eq!(format!("{:?}", again.command), format!("{:?}", whole.command));
+        }
+
         #[test]
         fn no_bytes_can_harm(bytes in proptest::collection::vec(any::<u8>(), 0..1600), command in prop_oneof![0u8..5, Just(0x23)]) {
             let _ = Request::parse(&bytes);

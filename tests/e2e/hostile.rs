@@ -1,10 +1,15 @@
 //! Frames by the ten thousand that no honest initiator sends.
 
+use std::time::{Duration, Instant};
+
 use aoede::wire::MacAddr;
-use initiator::frame::{Ata, Frame};
+use initiator::client::Patience;
+use initiator::frame::{Ata, Frame, opcode};
 use initiator::hostile::{self, Chance};
+use initiator::lab::{self, Need};
 
 use crate::rig::{Rig, each_engine};
+use crate::workshop::trouble;
 
 /// Frames between two looks whether the target still answers; fewer than its
 /// receive buffers hold, so that none of them is lost.
@@ -43,7 +48,8 @@ fn noise_does_not_end_the_process() {
             let mut frame = header(rig, *chance.pick(&[0, 0, 0, 1, 2, 3, 0x23, 0xF0]));
             frame.extend(chance.bytes(len));
             if chance.one_in(8) {
-                let at = 14 + chance.below(10);
+                // Not the tag: it could be that of the question which follows.
+                let at = 14 + chance.below(6);
                 frame[at] = chance.draw() as u8;
             }
             frame
@@ -132,5 +138,92 @@ fn no_refused_write_reaches_the_disk() {
         let image = rig.image();
         let at = image.iter().position(|b| *b != 0);
         assert_eq!(at, None, "a refused write was executed");
+    });
+}
+
+/// Bytes of memory that the target has for itself, without its cache.
+fn memory(rig: &Rig) -> u64 {
+    let path = format!("/proc/{}/status", rig.target.pid());
+    let status = std::fs::read_to_string(path).unwrap();
+    let line = status.lines().find(|line| line.starts_with("RssAnon:"));
+    let kib = line.and_then(|line| line.split_whitespace().nth(1));
+    kib.unwrap().parse::<u64>().unwrap() << 10
+}
+
+/// A frame that switches the write cache of a host off.
+fn cache_off(from: MacAddr) -> Frame {
+    let registers = Ata {
+        feature: 0x82,
+        opcode: opcode::SET_FEATURES,
+        ..Ata::default()
+    };
+    Frame::ata(registers, &[]).from(from)
+}
+
+#[test]
+fn while_the_state_directory_hangs_memory_is_flat() {
+    // 348 MB were seen.
+    let needs = [Need::Network, Need::Program("strace")];
+    if !lab::require("a state directory that hangs", &needs) {
+        return;
+    }
+    let mut rig = Rig::new(1500, &["--set", "disk_engine=threads"]);
+    let before = memory(&rig);
+    // Of all that is written only the state is synced by this call.
+    let hang = "inject=fsync:delay_enter=60000000";
+    let hanging = trouble(&rig.target, &["trace=fsync", hang]);
+    storm(&mut rig, 40_000, 5, |chance, rig| {
+        let mac = MacAddr([2, 9, 0, chance.draw() as u8, 0, chance.draw() as u8]);
+        let frame = match chance.below(4) {
+            0 => Frame::config(4, &chance.bytes(1000)).from(mac),
+            _ => cache_off(mac),
+        };
+        frame.encode(&rig.client.defaults())
+    });
+    // It does hang: there is no answer to a change.
+    let change = Frame::config(4, b"y");
+    let brief = Patience::once(Duration::from_millis(300));
+    assert!(rig.client.call_with(&change, brief).is_err());
+    let more = memory(&rig).saturating_sub(before);
+    assert!(more < 512 << 10, "{more} bytes more");
+    // Data and questions go on.
+    rig.client.write(0, &[1; 512]).unwrap();
+    assert_eq!(rig.client.read(0, 1).unwrap(), [1; 512]);
+    rig.client.mask_read().unwrap();
+    rig.client.reserve(0, &[]).unwrap();
+    drop(hanging);
+    rig.client.config_force(b"x").unwrap();
+    rig.finish();
+}
+
+#[test]
+fn changes_without_end_fill_neither_log_nor_disk() {
+    each_engine("changes without end", &[], |rig| {
+        let began = Instant::now();
+        storm(rig, 4_000, 6, |chance, rig| {
+            let string = [&[b'y'; 1000], &chance.bytes(8)[..]].concat();
+            Frame::config(4, &string).encode(&rig.client.defaults())
+        });
+        // The answers to those that were taken.
+        rig.client.config_force(b"end").unwrap();
+        rig.client.drain().unwrap();
+        let seconds = began.elapsed().as_secs() as usize;
+        let end = Instant::now() + Duration::from_secs(30);
+        let told = loop {
+            let lines = rig.target.output();
+            let told = lines.into_iter().filter(|l| l.contains("config string"));
+            let told: Vec<String> = told.collect();
+            if told.last().is_some_and(|line| line.contains("\"end\"")) {
+                break told;
+            }
+            assert!(Instant::now() < end, "{told:?}");
+            rig.client.config_read().unwrap();
+        };
+        assert!(told.len() <= seconds + 3, "{} lines", told.len());
+        let count = told
+            .iter()
+            .any(|line| line.contains(" changes, the last by "));
+        assert!(count, "{told:?}");
+        assert!(told.iter().all(|line| line.len() < 300), "{told:?}");
     });
 }

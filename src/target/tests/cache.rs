@@ -378,7 +378,7 @@ fn the_write_cache_goes_off_and_on_and_stays_so() {
     for feature in (0..=255).filter(|f| ![ON, OFF].contains(f)) {
         assert_eq!(registers(&bench.ask(&set_features(feature))), (0x41, 4, 0));
     }
-    assert_eq!(bench.target.closing, []);
+    assert!(bench.target.changes.is_empty());
 }
 
 impl Bench {
@@ -466,7 +466,7 @@ fn an_order_to_switch_off_makes_nobody_else_wait() {
     while !bench.asked.is_empty() {
         bench.wait();
     }
-    assert_eq!(bench.target.closing, []);
+    assert!(bench.target.changes.is_empty());
 }
 
 #[test]
@@ -489,7 +489,7 @@ fn the_write_cache_is_off_for_64_hosts_and_no_more() {
     }
     let said: Vec<_> = replies.iter().map(|(_, reply)| registers(reply)).collect();
     assert_eq!(said, [(0x40, 0, 0), (0x41, 4, 0)]);
-    assert_eq!(bench.target.closing, []);
+    assert!(bench.target.changes.is_empty());
     assert_eq!(bench.switched_off().len(), 64);
     assert!(bench.is_durable_for(SMALL, ALICE, 1));
     assert!(!bench.is_durable_for(SMALL, BOB, 2));
@@ -593,7 +593,7 @@ fn writes_under_way_when_the_cache_goes_off_are_not_acknowledged_unsynced() {
         assert!(off && bench.asked.is_empty(), "{:?}", bench.asked);
         assert_eq!(written, if at_once { 2 } else { 3 });
         assert!(bench.target.is_idle());
-        assert_eq!(bench.target.closing, []);
+        assert!(bench.target.changes.is_empty());
     }
 }
 
@@ -607,7 +607,7 @@ fn a_cache_that_cannot_go_off_says_so_and_stays_on() {
     let mut bench = Bench::forgetful(settings());
     assert_eq!(registers(&bench.ask(&set_features(OFF))), (0x61, 4, 0));
     assert!(cache_is_on(&mut bench));
-    assert_eq!(bench.target.closing, []);
+    assert!(bench.target.changes.is_empty());
     bench.write(0, &sectors(1, 2));
     same(&bench.stable()[..1024], &sectors(0, 2));
 }
@@ -720,7 +720,7 @@ fn so_many_requests_may_wait_and_no_more() {
     ] {
         assert_eq!(bench.dropped(SMALL, ALICE, &ask), Dropped::NoRoom);
     }
-    assert_eq!(bench.target.closing, []);
+    assert!(bench.target.changes.is_empty());
     bench.open();
     assert_eq!(bench.pump().len(), PARKED_MAX);
     assert!(bench.target.is_idle());

@@ -227,8 +227,9 @@ impl Model {
             Must::Write(places) => {
                 self.done.insert((key, frame[24..].to_vec()));
                 let (disk, stable) = (bench.on_disk(), bench.stable());
-                let (state, closing) = (&bench.target.state, &bench.target.closing);
-                let off = state.write_cache_off.contains(asker) || closing.contains(&asker);
+                let target = &bench.target;
+                let off = target.state.write_cache_off.contains(asker);
+                let off = off || target.changes.is_closing(asker);
                 let durable = self.durable || off;
                 for (lba, place) in places {
                     self.acked[lba] = self.acked[lba].max(place);
@@ -475,7 +476,7 @@ fn run(seed: u64) {
         assert!(!left, "no answer: {list:?}");
     }
     same(&bench.stable(), &model.newest());
-    assert_eq!(bench.target.closing, []);
+    assert!(bench.target.changes.is_empty());
     let saved = bench.saved().unwrap_or_default();
     assert_eq!(saved, bench.target.state);
 }

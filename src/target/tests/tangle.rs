@@ -177,7 +177,7 @@ proptest! {
             bench.take(Step::Pass(100));
         }
         prop_assert!(bench.target.is_idle());
-        prop_assert!(bench.target.closing.is_empty());
+        prop_assert!(bench.target.changes.is_empty());
         for from in [ALICE, BOB] {
             for tag in &tags {
                 let bytes = bench.encode(SMALL, from, &Ask::identify().tag(*tag));
