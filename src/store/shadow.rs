@@ -5,11 +5,12 @@
 //! taken away when all is in the image: a start that does not find what a
 //! record speaks of must not serve an image that is out of date.
 
+mod lock;
 mod place;
 mod record;
 
 use std::fmt;
-use std::fs;
+use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -24,6 +25,7 @@ use super::image::Image;
 use super::volume::LeftShadow;
 use crate::sys::buffer::Body;
 
+use lock::open_lock;
 use place::{Place, RealPlace, ShadowedImage};
 use record::Record;
 
@@ -272,6 +274,8 @@ pub struct ShadowStore<P: Place = RealPlace> {
     /// What is needed to give it its next name and state; steps come one at a
     /// time.
     state: Mutex<Option<Held>>,
+    /// Held for backups.
+    _lock: Option<File>,
 }
 
 /// What is known of the shadow's file.
@@ -432,7 +436,9 @@ impl ShadowStore {
         options: &ShadowOptions,
         found: Option<FoundShadow>,
     ) -> Result<(ShadowStore, Option<LeftShadow>), ShadowError> {
-        ShadowStore::with(RealPlace, image, path, options, found)
+        let (mut store, left) = ShadowStore::with(RealPlace, image, path, options, found)?;
+        store._lock = open_lock(&options.export, path);
+        Ok((store, left))
     }
 }
 
@@ -459,6 +465,7 @@ impl<P: Place> ShadowStore<P> {
                 record,
                 open: RwLock::new(None),
                 state: Mutex::new(None),
+                _lock: None,
             };
             return Ok((store, None));
         };
@@ -503,6 +510,7 @@ impl<P: Place> ShadowStore<P> {
             record,
             open: RwLock::new(Some(Arc::new(file))),
             state: Mutex::new(Some(held)),
+            _lock: None,
         };
         Ok((store, Some(left)))
     }

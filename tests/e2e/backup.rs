@@ -1,25 +1,132 @@
-//! The backup script that is shipped, against a target that goes on being
-//! written.
+//! The backup script that is shipped: against a target that goes on being
+//! written, and with everything that an administrator may give it wrongly.
 
-use std::fs;
-use std::path::Path;
+use std::fs::{self, File};
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
 use std::thread;
 
-use initiator::lab::{self, Deadline, Need, Spawn};
+use initiator::lab::{self, Deadline, Need, Process, Spawn};
+use nix::fcntl::{Flock, FlockArg};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 
+use crate::freeze::{data, order, until};
 use crate::rig::QUICK;
-use crate::support::{Store, serve, stop};
+use crate::support::{Store, Wire, serve, stop};
 use crate::workshop::{Lab, Load, Temper};
 
 const SECTORS: u64 = 4096;
 
-/// The script, for a target of this process id.
-fn script(store: &Store, pid: u32) -> Spawn {
-    let path = |name: &str| store.path().join(name).into_os_string();
+/// The script, for a target of this process id and these files beside the
+/// image; the last is the copy.
+fn script_for(store: &Store, options: &[&str], pid: u32, files: &[&str]) -> Spawn {
+    let path = |name: &&str| store.path().join(name).into_os_string();
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("shadow/aoede-backup");
     Spawn::new(script)
+        .args(options.iter().copied())
         .arg(pid.to_string())
-        .args(["disk.img", "shadow.img", "copy.img"].map(path))
+        .args(files.iter().map(path))
+}
+
+const FILES: [&str; 3] = ["disk.img", "shadow.img", "copy.img"];
+
+/// A target with a shadow, and the script.
+struct Scene {
+    wire: Wire,
+    store: Store,
+    target: Process,
+}
+
+impl Scene {
+    fn new() -> Scene {
+        let (wire, store) = (Wire::new(1500), Store::new(SECTORS));
+        let shadow = store.path().join("shadow.img");
+        let options = [&QUICK[..], &["-f", shadow.to_str().unwrap()]].concat();
+        let target = serve(&wire.host, &store, &["tgt0"], &options);
+        Scene {
+            wire,
+            store,
+            target,
+        }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.store.path().join(name)
+    }
+
+    fn start(&self, options: &[&str], files: &[&str]) -> Process {
+        let script = script_for(&self.store, options, self.target.pid(), files);
+        let tools = self.path("tools");
+        let path = std::env::var("PATH").unwrap();
+        let script = script.env("PATH", format!("{}:{path}", tools.display()));
+        script.start().unwrap()
+    }
+
+    /// Waits for the end of a script; what it said.
+    #[track_caller]
+    fn ended(mut script: Process, code: i32) -> String {
+        let status = script.wait(Deadline::seconds(60)).unwrap();
+        let said = script.output().join("\n");
+        assert_eq!(status.code(), Some(code), "{said}");
+        said
+    }
+
+    #[track_caller]
+    fn run(&self, code: i32, options: &[&str], files: &[&str]) -> String {
+        Scene::ended(self.start(options, files), code)
+    }
+
+    /// How often the target was told to freeze.
+    fn freezes(&self) -> usize {
+        let lines = self.target.output();
+        let is_freeze = |line: &&String| line.contains("freeze");
+        lines.iter().filter(is_freeze).count()
+    }
+
+    fn is_frozen(&self) -> bool {
+        ["shadow.img", "shadow.img.new", "shadow.img.thaw"]
+            .iter()
+            .any(|name| self.path(name).exists())
+    }
+
+    #[track_caller]
+    fn no_copy(&self) {
+        assert!(!self.path("copy.img").exists());
+        assert!(!self.path("copy.img.part").exists());
+    }
+
+    /// Has a `cp` that copies, and then waits until it is let go.
+    fn slow_copies(&self) {
+        let tools = self.path("tools");
+        fs::create_dir(&tools).unwrap();
+        let go = self.path("go");
+        let pid = self.path("cp.pid");
+        let text = format!(
+            "#!/bin/sh\n/bin/cp \"$@\" || exit 1\necho $$ > {pid}.part && mv {pid}.part {pid}\n\
+             while [ ! -e {go} ] && [ -d {tools} ]; do sleep 0.05; done\n",
+            pid = pid.display(),
+            go = go.display(),
+            tools = tools.display()
+        );
+        fs::write(tools.join("cp"), text).unwrap();
+        let mode = fs::Permissions::from_mode(0o755);
+        fs::set_permissions(tools.join("cp"), mode).unwrap();
+    }
+
+    /// Waits until such a `cp` has copied.
+    fn copied(&self) {
+        until("the copy", || self.path("cp.pid").exists());
+    }
+
+    fn let_go(&self) {
+        fs::write(self.path("go"), "").unwrap();
+    }
+
+    fn frozen(&self) {
+        order(&self.target, 1);
+        until("the shadow appears", || self.path("shadow.img").exists());
+    }
 }
 
 #[test]
@@ -35,9 +142,8 @@ fn the_backup_script_makes_a_good_copy_under_load() {
         let load = Load::start(scope, &lab.peer, "ini0", 100, Temper::Strict);
         for _ in 0..2 {
             load.goes_on();
-            let mut backup = script(&store, target.pid()).start().unwrap();
-            let status = backup.wait(Deadline::seconds(60)).unwrap();
-            assert!(status.success(), "{:?}", backup.output());
+            let backup = script_for(&store, &[], target.pid(), &FILES);
+            Scene::ended(backup.start().unwrap(), 0);
             assert!(!shadow.exists());
         }
         load.goes_on();
@@ -59,28 +165,215 @@ fn the_backup_script_makes_a_good_copy_under_load() {
 }
 
 #[test]
-fn the_backup_script_says_what_is_wrong_and_leaves_nothing() {
-    if !lab::require("the backup script in trouble", &[Need::Network]) {
+fn the_backup_script_finds_out_what_was_given_wrongly_before_it_freezes() {
+    if !lab::require("wrong arguments of the backup script", &[Need::Network]) {
         return;
     }
-    let (lab, store) = (Lab::new(1, 1500), Store::new(SECTORS));
-    let fails = |says: &str, pid: u32| {
-        let mut backup = script(&store, pid).start().unwrap();
-        let status = backup.wait(Deadline::seconds(60)).unwrap();
-        let said = backup.output().join("\n");
-        assert_eq!(status.code(), Some(1), "{said}");
+    let mut scene = Scene::new();
+    let (shadow, image) = (scene.path("shadow.img"), scene.path("disk.img"));
+    // Another disk, another shadow, and no such files.
+    fs::copy(&image, scene.path("other.img")).unwrap();
+    fs::write(scene.path("other.lock"), "").unwrap();
+    for (files, says) in [
+        (["other.img", "shadow.img", "copy.img"], "does not serve"),
+        (["none.img", "shadow.img", "copy.img"], "there is no image"),
+        (["disk.img", "other", "copy.img"], "was not started with -f"),
+        (["disk.img", "none", "copy.img"], "was not started with -f"),
+        (["disk.img", "shadow.img", "disk.img"], "the image itself"),
+        (["disk.img", "shadow.img", "state"], "or a directory"),
+    ] {
+        let said = scene.run(1, &[], &files);
         assert!(said.contains(says), "{said}");
-        assert!(!store.path().join("copy.img").exists());
-        assert!(!store.path().join("copy.img.part").exists());
-    };
-    let shadow = store.path().join("shadow.img");
-    let options = [&QUICK[..], &["-f", shadow.to_str().unwrap()]].concat();
-    let target = serve(&lab.host, &store, &["tgt0"], &options);
-    let pid = target.pid();
+        assert!(!scene.is_frozen());
+    }
+    assert_eq!(scene.freezes(), 0);
+    assert!(!scene.path("none.lock").exists());
+    // Something that has the shadow's name.
     fs::write(&shadow, "mine").unwrap();
-    fails("is there already", pid);
-    assert_eq!(fs::read(&shadow).unwrap(), b"mine");
+    for options in [&[][..], &["-t"]] {
+        let said = scene.run(1, options, &FILES);
+        assert!(said.contains("is no shadow of process"), "{said}");
+        assert_eq!(fs::read(&shadow).unwrap(), b"mine");
+    }
     fs::remove_file(&shadow).unwrap();
+    assert_eq!(scene.freezes(), 0);
+    for arguments in [&[][..], &["1", "a", "b"], &["-1", "a", "b", "c"], &["-x"]] {
+        let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("shadow/aoede-backup");
+        let script = Spawn::new(script).args(arguments.iter().copied());
+        let said = Scene::ended(script.start().unwrap(), 2);
+        assert!(said.contains("usage: "), "{said}");
+    }
+    scene.no_copy();
+    // A number that someone else has by now.
+    let mut other = Spawn::new("sleep").arg("600").start().unwrap();
+    let script = script_for(&scene.store, &[], other.pid(), &FILES);
+    let said = Scene::ended(script.start().unwrap(), 1);
+    assert!(said.contains("is not aoede"), "{said}");
+    assert!(other.exit_status().unwrap().is_none(), "it got a signal");
+    other.kill().unwrap();
+    // And nobody.
+    let pid = scene.target.pid();
+    scene.target.stop(Deadline::seconds(20)).unwrap();
+    let script = script_for(&scene.store, &[], pid, &FILES);
+    let said = Scene::ended(script.start().unwrap(), 1);
+    assert!(said.contains("there is no process"), "{said}");
+    scene.no_copy();
+}
+
+#[test]
+fn a_second_backup_at_the_same_time_ends_at_once() {
+    if !lab::require("two backups at once", &[Need::Network]) {
+        return;
+    }
+    let scene = Scene::new();
+    scene.slow_copies();
+    let first = scene.start(&[], &FILES);
+    scene.copied();
+    let freezes = scene.freezes();
+    for options in [&[][..], &["-t"]] {
+        let said = scene.run(75, options, &["disk.img", "shadow.img", "second.img"]);
+        assert!(said.contains("another aoede-backup is at work"), "{said}");
+    }
+    assert_eq!(scene.freezes(), freezes);
+    scene.let_go();
+    Scene::ended(first, 0);
+    assert!(scene.path("copy.img").exists() && !scene.path("second.img").exists());
+    // Whoever else takes the lock.
+    let file = File::open(scene.path("shadow.img.lock")).unwrap();
+    let lock = Flock::lock(file, FlockArg::LockExclusiveNonblock).unwrap();
+    scene.run(75, &[], &FILES);
+    drop(lock);
+    scene.run(0, &[], &FILES);
+    stop(scene.target);
+}
+
+#[test]
+fn a_backup_that_was_killed_keeps_no_later_one_from_its_work() {
+    if !lab::require("a killed backup", &[Need::Network]) {
+        return;
+    }
+    let scene = Scene::new();
+    scene.slow_copies();
+    let mut first = scene.start(&[], &FILES);
+    scene.copied();
+    let cp = fs::read_to_string(scene.path("cp.pid")).unwrap();
+    first.kill().unwrap();
+    scene.wire.client().write_many(0, &data(1, 8)).unwrap();
+    let said = scene.run(3, &[], &FILES);
+    assert!(
+        said.contains("to thaw it first: aoede-backup -t "),
+        "{said}"
+    );
+    assert!(scene.path("shadow.img").exists());
+    // As it says, with the copy of the first one still under way.
+    scene.let_go();
+    scene.run(0, &["-t"], &FILES);
+    assert!(!scene.is_frozen());
+    let copy = fs::read(scene.path("copy.img")).unwrap();
+    assert!(copy == fs::read(scene.path("disk.img")).unwrap());
+    assert!(copy[..4096] == data(1, 8));
+    // Or no more than that.
+    scene.frozen();
+    scene.run(0, &["-t"], &FILES[..2]);
+    assert!(!scene.is_frozen());
+    scene.run(0, &["-t"], &FILES[..2]);
+    let cp = Pid::from_raw(cp.trim().parse().unwrap());
+    until("the end of its cp", || kill(cp, None).is_err());
+    stop(scene.target);
+}
+
+#[test]
+fn a_backup_that_is_told_to_stop_thaws_and_leaves_no_copy() {
+    if !lab::require("a backup that is told to stop", &[Need::Network]) {
+        return;
+    }
+    for signal in [Signal::SIGTERM, Signal::SIGHUP] {
+        let scene = Scene::new();
+        scene.slow_copies();
+        let backup = scene.start(&[], &FILES);
+        scene.copied();
+        assert!(scene.path("shadow.img").exists());
+        backup.signal(signal).unwrap();
+        Scene::ended(backup, 1);
+        assert!(!scene.is_frozen());
+        scene.no_copy();
+        stop(scene.target);
+    }
+}
+
+#[test]
+fn a_copy_of_an_image_that_someone_thawed_is_no_good() {
+    if !lab::require("a thaw during a backup", &[Need::Network]) {
+        return;
+    }
+    for again in [false, true] {
+        let scene = Scene::new();
+        scene.slow_copies();
+        let mut client = scene.wire.client();
+        let backup = scene.start(&[], &FILES);
+        scene.copied();
+        client.write_many(0, &data(1, 100)).unwrap();
+        client.flush().unwrap();
+        order(&scene.target, 2);
+        until("the shadow vanishes", || !scene.is_frozen());
+        if again {
+            // Another freeze: PATH is there again, with an inode number that
+            // may have become free.
+            scene.frozen();
+        }
+        scene.let_go();
+        let said = Scene::ended(backup, 1);
+        assert!(said.contains("thawed while it was copied"), "{said}");
+        scene.no_copy();
+        until("the shadow vanishes", || !scene.is_frozen());
+        stop(scene.target);
+    }
+}
+
+#[test]
+fn a_copy_is_good_though_the_target_dies_before_the_thaw() {
+    if !lab::require("a target that dies during a backup", &[Need::Network]) {
+        return;
+    }
+    let mut scene = Scene::new();
+    scene.slow_copies();
+    scene.wire.client().write_many(0, &data(1, 8)).unwrap();
+    let backup = scene.start(&[], &FILES);
+    scene.copied();
+    scene.target.kill().unwrap();
+    scene.let_go();
+    let said = Scene::ended(backup, 4);
+    assert!(said.contains("is gone"), "{said}");
+    let copy = fs::read(scene.path("copy.img")).unwrap();
+    assert!(copy[..4096] == data(1, 8));
+    assert!(scene.path("shadow.img").exists());
+}
+
+/// What is at PATH.lock already is neither emptied nor followed.
+#[test]
+fn the_lock_file_is_made_beside_what_is_there() {
+    if !lab::require("the lock of the backups", &[Need::Network]) {
+        return;
+    }
+    let (wire, store) = (Wire::new(1500), Store::new(64));
+    let shadow = store.path().join("shadow.img");
+    let lock = store.path().join("shadow.img.lock");
+    let options = [&QUICK[..], &["-f", shadow.to_str().unwrap()]].concat();
+    fs::write(&lock, "mine").unwrap();
+    let target = serve(&wire.host, &store, &["tgt0"], &options);
+    let script = script_for(&store, &[], target.pid(), &FILES);
+    Scene::ended(script.start().unwrap(), 0);
     stop(target);
-    fails("there is no process", pid);
+    assert_eq!(fs::read(&lock).unwrap(), b"mine");
+    fs::remove_file(&lock).unwrap();
+    let away = store.path().join("away");
+    std::os::unix::fs::symlink(&away, &lock).unwrap();
+    let said = stop(serve(&wire.host, &store, &["tgt0"], &options));
+    assert!(said.iter().any(|line| line.contains("shadow.img.lock: ")));
+    assert!(!away.exists());
+    fs::remove_file(&lock).unwrap();
+    let target = serve(&wire.host, &store, &["tgt0"], &options);
+    let mode = fs::metadata(&lock).unwrap().permissions().mode();
+    assert_eq!(mode & 0o777, 0o600);
+    stop(target);
 }

@@ -58,7 +58,7 @@ impl Bed {
         let all = files(self.place(), "");
         let is = |path: &PathBuf| {
             let name = path.file_name().unwrap().to_string_lossy().into_owned();
-            name.starts_with("shadow.img")
+            name.starts_with("shadow.img") && !name.ends_with(".lock")
         };
         all.into_iter().filter(is).collect()
     }
@@ -191,7 +191,7 @@ fn all_taken(target: &Process) {
 }
 
 #[track_caller]
-fn until(what: &str, mut done: impl FnMut() -> bool) {
+pub fn until(what: &str, mut done: impl FnMut() -> bool) {
     let deadline = soon();
     while !done() {
         assert!(!deadline.passed(), "waited for too long: {what}");
@@ -199,7 +199,7 @@ fn until(what: &str, mut done: impl FnMut() -> bool) {
     }
 }
 
-fn data(seed: u8, sectors: usize) -> Vec<u8> {
+pub fn data(seed: u8, sectors: usize) -> Vec<u8> {
     (0..sectors * 512)
         .map(|i| (i / 7) as u8 ^ seed | 1)
         .collect()
