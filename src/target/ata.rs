@@ -291,7 +291,9 @@ impl Target {
             Order::WriteCache(false) if !self.state.write_cache_off.has_room_for(origin.source) => {
                 return Served::Answer(ask.answer(drive::aborted(&taskfile)));
             }
-            Order::WriteCache(false) if !self.changes.has_room() => Err(Refused::NoRoom),
+            Order::WriteCache(false) if !self.changes.has_room(origin.source) => {
+                Err(Refused::NoRoom)
+            }
             Order::WriteCache(false) => {
                 let begun = self.park(parked(Pending::CacheOff), |volume, token| {
                     volume.flush(now, token).map(|()| Work::Under)
@@ -436,7 +438,7 @@ impl Target {
                 self.change_later(held);
                 return;
             }
-            self.changes.end(Some(origin.source));
+            self.changes.end(origin.source, true);
         }
         if !heard {
             self.recycle(data);

@@ -6,8 +6,9 @@
 //! nothing has changed, and those who asked are told so.
 //!
 //! A change has a place from its request to its answer. There are few places,
-//! and what waits in them is bounded, so that a state directory that hangs costs
-//! no memory. Requests that change nothing go on meanwhile.
+//! shared equally by those who want them, and what waits in them is bounded, so
+//! that a state directory that hangs costs no memory. Requests that change nothing
+//! go on meanwhile.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -17,6 +18,7 @@ use super::change_log::ChangeLog;
 use super::{Action, Arrival, Dropped, NicId, Ready, SAVE, Target, What};
 use crate::access::{self, Full, Switch, WireState};
 use crate::drive;
+use crate::store::{Queue, Shares};
 use crate::wire::ata::Taskfile;
 use crate::wire::extensions::Wish;
 use crate::wire::{HEAD_MAX, MacAddr, Origin, Request};
@@ -25,6 +27,8 @@ use crate::wire::{HEAD_MAX, MacAddr, Origin, Request};
 /// [`ADMIN_MAX`](crate::wire::ADMIN_MAX) bytes of its request, or, once it is
 /// being saved, two replies of [`HEAD_MAX`] bytes at most.
 pub(super) const CHANGES_MAX: usize = 64;
+/// How many of these places are kept for initiators below their share.
+pub(super) const CHANGES_HEADROOM: usize = 8;
 /// One save in so long, and so many at once after a time without any.
 pub(super) const SAVE_INTERVAL: Duration = Duration::from_millis(200);
 pub(super) const SAVES_AT_ONCE: u32 = 4;
@@ -35,9 +39,9 @@ pub(super) struct Changes {
     /// Those that wait for a save to begin, in order.
     held: VecDeque<Held>,
     saving: Option<Saving>,
-    /// How many have a place: held, being saved, or waiting for the flush before
-    /// the write cache goes off.
-    count: usize,
+    /// Who has how many places: held, being saved, or waiting for the flush
+    /// before the write cache goes off.
+    places: Shares,
     /// Who has ordered the write cache off, for each order that is not saved yet:
     /// writes of that host are durable from the moment of its first.
     closing: Vec<MacAddr>,
@@ -52,6 +56,7 @@ pub(super) struct Changes {
 #[derive(Debug)]
 pub(super) struct Held {
     nic: NicId,
+    from: MacAddr,
     change: Change,
 }
 
@@ -76,11 +81,12 @@ struct Saving {
 #[derive(Debug)]
 struct Waiting {
     nic: NicId,
+    from: MacAddr,
     /// The reply if it is saved, empty for silence, and if it is not.
     saved: Vec<u8>,
     failed: Vec<u8>,
-    /// Whose write cache it switches off.
-    closes: Option<MacAddr>,
+    /// `true` if it switches the write cache off.
+    closes: bool,
     /// What it does for its asker once it is saved.
     wishes: Wishes,
 }
@@ -105,6 +111,7 @@ impl Held {
     pub(super) fn frame(nic: NicId, request: &Request) -> Held {
         Held {
             nic,
+            from: request.origin.source,
             change: Change::Frame(request.admin_bytes().to_vec()),
         }
     }
@@ -112,23 +119,14 @@ impl Held {
     pub(super) fn switch(nic: NicId, origin: Origin, taskfile: Taskfile, to: Switch) -> Held {
         Held {
             nic,
+            from: origin.source,
             change: Change::Switch(origin, taskfile, to),
         }
     }
 
-    /// Whose write cache it switches off.
-    fn closes(&self) -> Option<MacAddr> {
-        match self.change {
-            Change::Switch(origin, _, Switch::WriteCache(false)) => Some(origin.source),
-            _ => None,
-        }
-    }
-
-    fn asker(&self) -> Option<MacAddr> {
-        match &self.change {
-            Change::Frame(frame) => Request::parse(frame).ok().map(|r| r.origin.source),
-            Change::Switch(origin, ..) => Some(origin.source),
-        }
+    /// `true` if it switches the write cache off.
+    fn closes(&self) -> bool {
+        matches!(self.change, Change::Switch(_, _, Switch::WriteCache(false)))
     }
 }
 
@@ -137,7 +135,7 @@ impl Changes {
         Changes {
             held: VecDeque::new(),
             saving: None,
-            count: 0,
+            places: Shares::new(CHANGES_MAX as u64, CHANGES_HEADROOM as u64),
             closing: Vec::new(),
             paid: None,
             hurries: false,
@@ -145,14 +143,18 @@ impl Changes {
         }
     }
 
-    /// `true` if one more change may wait.
-    pub fn has_room(&self) -> bool {
-        self.count < CHANGES_MAX
+    /// `true` if one more change of this host may wait.
+    pub fn has_room(&self, from: MacAddr) -> bool {
+        self.places.admits(Queue::of(from.0), 1)
+    }
+
+    fn begin(&mut self, from: MacAddr) {
+        self.places.take(Queue::of(from.0), 1);
     }
 
     /// `true` if no change is on its way.
     pub fn is_empty(&self) -> bool {
-        self.count == 0 && self.closing.is_empty()
+        self.places.total() == 0 && self.closing.is_empty()
     }
 
     /// `true` if changes wait that may yet be undone or done by one that comes
@@ -166,18 +168,19 @@ impl Changes {
         self.closing.contains(&mac)
     }
 
-    /// Begins an order to switch a write cache off, which has a place from now
-    /// on; there is room.
-    pub fn close(&mut self, mac: MacAddr) {
-        self.count += 1;
-        self.closing.push(mac);
+    /// Begins an order to switch this host's write cache off, which has a place
+    /// from now on; there is room.
+    pub fn close(&mut self, from: MacAddr) {
+        self.begin(from);
+        self.closing.push(from);
     }
 
-    /// Ends a change, which gives its place back; `closes` is whose write cache
-    /// it was to switch off.
-    pub fn end(&mut self, closes: Option<MacAddr>) {
-        self.count -= 1;
-        if let Some(at) = self.closing.iter().position(|mac| Some(*mac) == closes) {
+    /// Ends a change, which gives its place back; `closes` says whether it was to
+    /// switch the write cache off.
+    pub fn end(&mut self, from: MacAddr, closes: bool) {
+        self.places.release(Queue::of(from.0), 1);
+        let at = self.closing.iter().position(|mac| *mac == from);
+        if let Some(at) = at.filter(|_| closes) {
             self.closing.swap_remove(at);
         }
     }
@@ -213,10 +216,10 @@ impl Changes {
 impl Target {
     /// Makes a change, or holds it until it may be saved.
     pub(super) fn change(&mut self, now: Instant, held: Held, head: &mut [u8]) -> Action {
-        if !self.changes.has_room() {
+        if !self.changes.has_room(held.from) {
             return Action::Drop(Dropped::NoRoom);
         }
-        self.changes.count += 1;
+        self.changes.begin(held.from);
         let is_first = self.changes.held.is_empty();
         self.changes.held.push_back(held);
         if !is_first || !self.changes.may_save(now) {
@@ -270,7 +273,7 @@ impl Target {
             let closes = held.closes();
             let Some(&Some(info)) = self.nics.get(usize::from(held.nic.0)) else {
                 // Nobody would hear the answer; who asked will ask again.
-                self.changes.end(closes);
+                self.changes.end(held.from, closes);
                 continue;
             };
             let arrival = Arrival {
@@ -301,13 +304,14 @@ impl Target {
                     drive::pad_registers(&mut head, taskfile)
                 }
             };
-            if let Some(asker) = held.asker().filter(|_| next != before) {
+            if next != before {
                 changes += 1;
-                last_by = asker;
+                last_by = held.from;
             }
             let saved = head[..len].to_vec();
             waiting.push(Waiting {
                 nic: held.nic,
+                from: held.from,
                 saved,
                 failed,
                 closes,
@@ -343,7 +347,7 @@ impl Target {
 
     fn release(&mut self, now: Instant, waiting: Vec<Waiting>, ok: bool) {
         for one in waiting {
-            self.changes.end(one.closes);
+            self.changes.end(one.from, one.closes);
             // A place that was free when the answer was made may be taken now:
             // then there is none, and the asker asks again.
             let granted = !ok || self.grant(now, one.nic, one.wishes);
