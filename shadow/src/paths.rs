@@ -27,8 +27,10 @@ use crate::open::OpenError;
 use crate::overlay::Shadow;
 
 mod marker;
+mod steps;
 
-pub use marker::{abandon, appear, begin_thaw, make_marker, read_marker, remove_marker, vanish};
+pub use marker::{make_marker, read_marker, remove_marker};
+pub use steps::{abandon, appear, begin_thaw, vanish};
 
 /// How long a lock that someone holds is asked for again: io_uring may keep a
 /// dead process's file open for a moment.
@@ -504,8 +506,8 @@ pub fn peek(path: &Path) -> Result<Peek, PathError> {
     })
 }
 
-/// Gives a shadow its next name, and syncs the directory. Something that has
-/// that name already is never replaced: `AlreadyExists`.
+/// Renames a file, and syncs the directory. Something that has that name already
+/// is never replaced: `AlreadyExists`.
 pub fn rename(from: &Path, to: &Path) -> io::Result<()> {
     let flags = RenameFlags::RENAME_NOREPLACE;
     match renameat2(AT_FDCWD, from, AT_FDCWD, to, flags) {
@@ -514,6 +516,8 @@ pub fn rename(from: &Path, to: &Path) -> io::Result<()> {
         // crash between the two leaves both names on one file.
         Err(Errno::EINVAL | Errno::ENOSYS) => {
             fs::hard_link(from, to)?;
+            // Not the second of the two names may be kept by a power cut alone.
+            sync_directory(to)?;
             fs::remove_file(from)?;
         }
         Err(e) => return Err(e.into()),

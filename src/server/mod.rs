@@ -405,7 +405,8 @@ impl Export {
                 Event::Order(count) => match Order::after(count) {
                     Some(order) => self.order(order),
                     None => log::warn!(
-                        "USR2 after {count} USR1: one is a freeze, two are a thaw; nothing done"
+                        "{}: USR2 after {count} USR1: one is a freeze, two are a thaw; nothing done",
+                        self.address
                     ),
                 },
             }
@@ -417,7 +418,14 @@ impl Export {
     /// sense now.
     fn order(&mut self, order: Order) {
         if self.read_only {
-            log::warn!("{order:?}: the image is read-only, and still anyway; nothing done");
+            let order = match order {
+                Order::Freeze => "freeze",
+                Order::Thaw => "thaw",
+            };
+            log::warn!(
+                "{}: {order}: the image is read-only and does not change; nothing done",
+                self.address
+            );
             return;
         }
         let now = Instant::now();

@@ -10,7 +10,7 @@ mod place;
 mod record;
 
 use std::fmt;
-use std::fs::{self, File};
+use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -315,7 +315,7 @@ pub(super) fn find<P: Place>(
     };
     if options.discard {
         if let Some(path) = recorded.as_deref().or(given) {
-            discard(&record, path, recorded.is_some())?;
+            discard(&record, path, recorded.is_some(), &options.export)?;
         }
         return match given {
             Some(path) => probe(path).map(|()| None),
@@ -392,7 +392,7 @@ pub(super) fn find<P: Place>(
 }
 
 /// Gives a shadow up, as told: out of the way, and no record of it.
-fn discard(record: &Record, path: &Path, recorded: bool) -> Result<(), ShadowError> {
+fn discard(record: &Record, path: &Path, recorded: bool, export: &str) -> Result<(), ShadowError> {
     let paths = Paths::of(path);
     let fail = |what| move |e| ShadowError::Io(path.to_owned(), what, e);
     let found = paths::find(&paths).map_err(fail("looking for it"))?;
@@ -411,11 +411,13 @@ fn discard(record: &Record, path: &Path, recorded: bool) -> Result<(), ShadowErr
         };
         let mut aside = real.as_os_str().to_owned();
         aside.push(".discarded");
-        fs::rename(real, &aside).map_err(fail("moving it aside"))?;
+        let aside = Path::new(&aside);
+        // Not over what was given up before.
+        paths::rename(real, aside).map_err(fail("moving it aside, to a name with .discarded"))?;
         log::warn!(
-            "shadow {}: {held} given up, as told; it is {} now",
+            "{export}: shadow {}: {held} given up, as told; it is {} now",
             real.display(),
-            Path::new(&aside).display()
+            aside.display()
         );
     }
     for (name, uuid) in found.markers {

@@ -1,6 +1,7 @@
 //! The real initiators: Debian's kernel with its aoe driver, and iPXE, each in a
 //! small virtual machine whose wire is a tap device that we serve on.
 
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::{Mutex, PoisonError};
@@ -280,13 +281,14 @@ fn linux_goes_on_while_it_is_frozen_copied_and_thawed_and_each_copy_is_clean() {
         target
             .wait_for_line("frozen: ", Deadline::seconds(60))
             .unwrap();
-        assert!(shadow.exists());
+        let inode = std::fs::metadata(&shadow).unwrap().ino();
         let status = Command::new("cp")
             .arg("--sparse=always")
             .args([&store.image(), &copy])
             .status();
         assert!(status.unwrap().success());
-        assert!(shadow.exists(), "the copy may be none of one instant");
+        let after = std::fs::metadata(&shadow).unwrap().ino();
+        assert_eq!(inode, after, "the copy may be none of one instant");
         order(&target, 2);
         target
             .wait_for_line("thawed: ", Deadline::seconds(60))

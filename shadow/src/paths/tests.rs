@@ -115,6 +115,37 @@ fn a_withdrawn_freeze_never_was_path() {
     assert_eq!(find(&paths).unwrap(), Names::default());
 }
 
+/// The names of this machine, on a filesystem that may not exchange two.
+struct Exchanging<'a>(steps::Real<'a>, bool);
+
+impl steps::Names for Exchanging<'_> {
+    fn is_shadow(&self, path: &Path) -> io::Result<bool> {
+        self.0.is_shadow(path)
+    }
+    fn marker(&self, path: &Path) -> io::Result<Option<[u8; 16]>> {
+        self.0.marker(path)
+    }
+    fn make_marker(&self, path: &Path, uuid: &[u8; 16]) -> io::Result<()> {
+        self.0.make_marker(path, uuid)
+    }
+    fn exchange(&self, one: &Path, other: &Path) -> io::Result<bool> {
+        if self.1 {
+            self.0.exchange(one, other)
+        } else {
+            Ok(false)
+        }
+    }
+    fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
+        self.0.rename(from, to)
+    }
+    fn remove(&self, path: &Path) -> io::Result<()> {
+        self.0.remove(path)
+    }
+    fn sync(&self, path: &Path) -> io::Result<()> {
+        self.0.sync(path)
+    }
+}
+
 /// What a crash, or 0.1.0, may have left when a thaw is to begin.
 #[test]
 fn a_thaw_begins_from_whatever_was_left() {
@@ -154,11 +185,8 @@ fn a_thaw_begins_from_whatever_was_left() {
             make(&paths);
             let (files, _) = found(&paths);
             assert_eq!(files.len(), 1, "{what}");
-            let exchange = |one: &Path, other: &Path| match can_exchange {
-                true => marker::exchange(one, other),
-                false => Ok(false),
-            };
-            let begun = marker::begin_thaw_by(exchange, &paths, shadow.file(), &[1; 16]);
+            let names = Exchanging(steps::Real(shadow.file()), can_exchange);
+            let begun = steps::begin_thaw_among(&names, &paths, &[1; 16]);
             assert!(begun.unwrap().is_none(), "{what}");
             is(&paths, THAWING);
             assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 2, "{what}");

@@ -254,6 +254,32 @@ fn path_is_another_inode_before_the_image_changes_whoever_thaws() {
 }
 
 #[test]
+fn a_freeze_that_nobody_ends_ends_itself_when_told() {
+    if !lab::require("freeze_max", &[Need::Network]) {
+        return;
+    }
+    let bed = Bed::new();
+    let target = bed.start(&["--set", "freeze_max=1"]);
+    bed.freeze(&target);
+    let frozen = std::time::Instant::now();
+    bed.client().write_many(0, &data(1, 100)).unwrap();
+    bed.client().flush().unwrap();
+    until("the shadow vanishes", || bed.shadows().is_empty());
+    assert!(frozen.elapsed() > Duration::from_millis(900));
+    let path = bed.shadow().display().to_string();
+    let said = stop(target).join("\n");
+    for line in [
+        format!("e1.1: {path}: frozen for 1 s (freeze_max)\n"),
+        format!("e1.1: {path}: thaw after freeze_max, which nobody ordered: 0 MiB to merge\n"),
+        format!("e1.1: {path}: thawed: "),
+    ] {
+        assert!(said.contains(&line), "{line} in {said}");
+    }
+    bed.nothing_left();
+    assert!(bed.image()[..51_200] == data(1, 100));
+}
+
+#[test]
 fn a_second_stop_keeps_the_shadow_and_a_third_ends_it_at_once() {
     if !lab::require("stops while thawing", &TRACED) {
         return;

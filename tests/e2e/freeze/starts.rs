@@ -224,8 +224,22 @@ fn what_a_shadow_holds_can_be_given_up() {
     assert!(said.contains(".discarded"), "{said}");
     let discarded = PathBuf::from(format!("{}.discarded", shadow.display()));
     assert!(fs::read(&discarded).unwrap() == fs::read(&away).unwrap());
-    fs::remove_file(discarded).unwrap();
     assert!(bed.image() == still);
+    fs::remove_file(&discarded).unwrap();
+    bed.nothing_left();
+    // What was given up before stays.
+    let target = bed.start(&["--set", "on_stop=keep"]);
+    bed.freeze(&target);
+    stop(target);
+    fs::write(&discarded, "mine").unwrap();
+    let path = shadow.display().to_string();
+    let said = bed.refused(&["-f", &path, "--discard-shadow"]);
+    assert!(said.contains(".discarded: File exists"), "{said}");
+    assert_eq!(fs::read(&discarded).unwrap(), b"mine");
+    assert!(shadow.exists());
+    fs::remove_file(&discarded).unwrap();
+    stop(bed.start(&["--discard-shadow"]));
+    fs::remove_file(&discarded).unwrap();
     bed.nothing_left();
     stop(bed.start_with(&[]));
 }
