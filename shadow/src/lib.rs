@@ -75,6 +75,7 @@ mod map;
 mod open;
 mod overlay;
 pub mod paths;
+pub mod stamp;
 #[allow(unsafe_code)]
 mod sys;
 pub mod trial;

@@ -87,6 +87,11 @@ pub struct Cli {
     #[arg(long)]
     pub discard_arena: bool,
 
+    /// Bring the writes that a dead target has left to this image, though it was
+    /// changed since or may be another one
+    #[arg(long, conflicts_with = "discard_arena")]
+    pub replay_arena: bool,
+
     /// Give up what was written during a freeze whose shadow cannot be used
     #[arg(long)]
     pub discard_shadow: bool,

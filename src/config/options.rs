@@ -13,7 +13,7 @@ use super::cli::Cli;
 use super::size;
 use super::tuneup::{Tuneup, TuneupError};
 use crate::access::Policy;
-use crate::store::{Create, ImageOptions, Window};
+use crate::store::{Create, Doubtful, ImageOptions, Window};
 use crate::wire::{Address, MacAddr, mask};
 
 /// Where a run directory is unless told.
@@ -81,7 +81,7 @@ pub struct Options {
     /// Where the cache's memory is kept, if that was said.
     pub run_dir: Option<PathBuf>,
     /// Give up what a dead target has left and cannot be used.
-    pub discard_arena: bool,
+    pub doubtful_arena: Doubtful,
     /// Give up what a shadow holds.
     pub discard_shadow: bool,
     /// The settings.
@@ -234,7 +234,11 @@ impl TryFrom<Cli> for Options {
             shared_address: cli.shared_address,
             state_dir,
             run_dir,
-            discard_arena: cli.discard_arena,
+            doubtful_arena: match (cli.discard_arena, cli.replay_arena) {
+                (true, _) => Doubtful::Discard,
+                (_, true) => Doubtful::Replay,
+                _ => Doubtful::Refuse,
+            },
             discard_shadow: cli.discard_shadow,
             tuneup,
             log: log.transpose()?,

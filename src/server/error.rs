@@ -26,6 +26,9 @@ pub enum ServeError {
     Claimed(Address, String),
     /// What a target that died has left.
     Recover(RecoverError),
+    /// The cache has no room for acknowledged sectors that the image does not
+    /// take.
+    CacheTooSmall,
     /// The shadow of a freeze.
     Shadow(ShadowError),
     /// Its limit is too low for blocks of so many bytes; the least, in MiB.
@@ -65,6 +68,10 @@ impl fmt::Display for ServeError {
                  another shelf or slot (--shared-address serves anyway)"
             ),
             ServeError::Recover(e) => write!(f, "{e}"),
+            ServeError::CacheTooSmall => f.write_str(
+                "cache_size is too small for the acknowledged sectors that the image does not \
+                 take; raise it; they are kept",
+            ),
             ServeError::Shadow(e) => write!(f, "{e}"),
             ServeError::ShadowLimit(block, least) => write!(
                 f,

@@ -342,7 +342,7 @@ impl Export {
         if self.target.is_idle() && !blocked {
             log::info!("{} stopped: {}", self.address, self.target.counters());
             // The record first: without it nobody looks for the arena.
-            if let Some(Err(e)) = self.record.take().map(Record::remove) {
+            if let Some(Err(e)) = self.record.take().map(|record| record.remove(&self.image)) {
                 log::warn!("removing the record of the arena: {e}");
             }
             if let Err(e) = self.target.volume().remove_arena() {

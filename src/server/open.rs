@@ -17,7 +17,7 @@ use crate::config::{DiskEngine, Options, Tuneup};
 use crate::drive::Identity;
 use crate::net::{Nic, NicError, NicId, NicTrouble, PortOptions, probe};
 use crate::store::{
-    ArenaOptions, Backing, Cache, DIRTY_MIN, Disk, FoundShadow, Image, ImageError, Pool, Record,
+    ArenaOptions, Backing, Cache, DIRTY_MIN, Disk, FoundShadow, Image, ImageError, Pool,
     ShadowOptions, ShadowSide, ShadowStore, StateFile, UringDisk, Volume, VolumeOptions,
     block_bytes, find_shadow, prepare, shadow_limit_min,
 };
@@ -117,14 +117,14 @@ pub(super) fn open(options: &Options) -> Result<Export, ServeError> {
         state_dir: options.state_dir.clone(),
         run_dir: options.run_dir.clone(),
         cache_size: tuneup.cache_size,
-        discard: options.discard_arena,
+        doubt: options.doubtful_arena,
     };
     let mut prepared =
         prepare(&image, &arena_options, shadow.as_mut()).map_err(ServeError::Recover)?;
     if !is_new {
         claims = take_address(options, &nics).inspect_err(|_| {
             // Nothing is in the arena yet. The refusal is the error to tell.
-            let _ = prepared.record.take().map(Record::remove);
+            let _ = prepared.record.take().map(|record| record.remove(&image));
             let _ = prepared.arena.remove();
         })?;
     }
@@ -168,6 +168,10 @@ pub(super) fn open(options: &Options) -> Result<Export, ServeError> {
     if let Some(side) = shadow_side(options, &image, &shadow_options, shadow, event)? {
         volume = volume.with_shadow(side);
     }
+    if !volume.restore(Instant::now(), &prepared.unreplayed.pieces) {
+        return Err(ServeError::CacheTooSmall);
+    }
+    prepared.unreplayed.settle().map_err(ServeError::Recover)?;
     let settings = Settings {
         address,
         buffers: options.buffers,
@@ -176,6 +180,8 @@ pub(super) fn open(options: &Options) -> Result<Export, ServeError> {
         policy: options.policy.clone(),
         identity: identity(options, &image),
     };
+    // To ask whether it can discard may have changed its times.
+    volume.note_image();
     let mut target = Target::new(Instant::now(), settings, volume, state, Arc::new(file));
     for (index, nic) in nics.iter().enumerate() {
         target.set_nic(NicId(index as u16), nic.info());
@@ -205,7 +211,7 @@ fn warn_of(options: &Options, image: &Image) {
         let bytes = count(image.cut_off(), "byte");
         log::warn!("{address}: {path}: its last {bytes} make no whole sector and are cut off");
     }
-    let bytes = image.changed_and_size().map_or(0, |(_, bytes)| bytes);
+    let bytes = image.bytes().unwrap_or(0);
     if let Some(create) = options.image.create.filter(|c| c.bytes != bytes) {
         log::warn!(
             "{address}: {path}: exists with {bytes} bytes and is served as it is, not made with {} \

@@ -5,6 +5,7 @@ use std::io;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
+use shadow::stamp::Stamp;
 use shadow::{BlockFile, Geometry, Page};
 
 use super::align;
@@ -65,6 +66,12 @@ pub trait Backing: BlockFile {
     /// Takes a step of a freeze. Only what knows the shadow's names can.
     fn step(&self, _step: &Step) -> io::Result<()> {
         Err(io::ErrorKind::Unsupported.into())
+    }
+
+    /// How the file looks to the kernel now; `None` where that says nothing of
+    /// its content.
+    fn stamp(&self) -> Option<Stamp> {
+        None
     }
 
     /// What to call it in messages.
@@ -274,6 +281,10 @@ pub trait Disk {
     fn reap(&mut self) -> Option<Done>;
     /// A read answered from memory, or `false` at once.
     fn try_now(&self, buf: &mut [u8], offset: u64) -> bool;
+    /// How the image looks to the kernel now; does not wait for the disk.
+    fn stamp(&self) -> Option<Stamp> {
+        None
+    }
     /// Is written each time jobs have ended, so it is to be watched for edges;
     /// `None` if they end in `submit`.
     fn wake_fd(&self) -> Option<BorrowedFd<'_>>;

@@ -15,10 +15,11 @@ use nix::fcntl::{
 };
 use nix::sys::uio::pwritev;
 use shadow::paths::sync_directory;
-use shadow::{BlockFile, Identity, SECTOR};
+use shadow::stamp::Stamp;
+use shadow::{BlockFile, Facts, Identity, SECTOR};
 
 use super::align;
-use super::arena::ImageId;
+use super::arena::{ImageId, V1Id};
 use super::disk::Backing;
 use super::volume::Bounds;
 use crate::sys::buffer::{Body, Buf, BufSlice};
@@ -182,8 +183,10 @@ impl Image {
             },
             read_only: options.read_only,
             identity: identity(&metadata, is_device, options.window),
-            id: image_id(&metadata, is_device),
+            id: ImageId::default(),
         };
+        image.id.facts = Facts::of(&image.file).map_err(step("asking what it is"))?;
+        image.id.v1 = v1_id(&metadata, is_device);
         let bounds = image.bounds()?;
         image.id.start = bounds.start;
         // A window that reaches to the end grows with the image.
@@ -272,12 +275,19 @@ impl Image {
         self.read_only
     }
 
-    /// When it was last changed, in nanoseconds of real time (`None` of a
-    /// device, which does not tell), and how many bytes it has.
-    pub fn changed_and_size(&self) -> io::Result<(Option<u64>, u64)> {
-        let metadata = self.file.metadata()?;
-        let changed = metadata.mtime() as u64 * 1_000_000_000 + metadata.mtime_nsec() as u64;
-        Ok(((!self.is_device).then_some(changed), self.bytes()?))
+    /// How the file looks to the kernel now; `None` of a device.
+    pub fn stamp(&self) -> io::Result<Option<Stamp>> {
+        Stamp::of(&self.file)
+    }
+
+    /// Whether it is a block device.
+    pub fn is_device(&self) -> bool {
+        self.is_device
+    }
+
+    /// Bytes of the exported range now, 0 where that cannot be told.
+    pub fn exported_bytes(&self) -> u64 {
+        self.bounds().map_or(0, |bounds| bounds.sectors * SECTOR)
     }
 
     /// Writes bytes anywhere, aligned or not, before anything else is served.
@@ -328,7 +338,8 @@ impl Image {
         Ok(guard)
     }
 
-    fn bytes(&self) -> io::Result<u64> {
+    /// Bytes of the whole image now.
+    pub fn bytes(&self) -> io::Result<u64> {
         if self.is_device {
             Ok(block_device(&self.file)?.bytes)
         } else {
@@ -423,6 +434,10 @@ impl Backing for Image {
 
     fn discard_align(&self) -> usize {
         self.discard_align as usize
+    }
+
+    fn stamp(&self) -> Option<Stamp> {
+        Image::stamp(self).ok().flatten()
     }
 
     fn name(&self) -> String {
@@ -532,8 +547,8 @@ impl Drop for SideLock<'_> {
     }
 }
 
-/// The image itself; the window is added when it is known.
-fn image_id(metadata: &std::fs::Metadata, is_device: bool) -> ImageId {
+/// What aoede 0.1.0 knew the image by.
+fn v1_id(metadata: &std::fs::Metadata, is_device: bool) -> V1Id {
     let birth = metadata
         .created()
         .ok()
@@ -544,12 +559,10 @@ fn image_id(metadata: &std::fs::Metadata, is_device: bool) -> ImageId {
     } else {
         (metadata.dev(), metadata.ino(), birth)
     };
-    ImageId {
+    V1Id {
         device,
         inode,
         birth,
-        start: 0,
-        len: 0,
     }
 }
 

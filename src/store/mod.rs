@@ -17,6 +17,7 @@ mod image;
 mod inline;
 mod pool;
 mod recover;
+mod run_dir;
 mod shadow;
 mod state;
 mod uring;
@@ -30,8 +31,10 @@ pub use image::{Create, Image, ImageError, ImageOptions, ImageTrouble, Window};
 pub use inline::Inline;
 pub use pool::Pool;
 pub use recover::{
-    ArenaOptions, Prepared, Record, RecoverError, RecoverTrouble, block_bytes, prepare,
+    ArenaOptions, Doubtful, Prepared, Record, RecoverError, RecoverTrouble, Unreplayed,
+    block_bytes, prepare,
 };
+pub use run_dir::{RunDir, RunDirError, RunDirTrouble};
 pub use shadow::{FoundShadow, ShadowError, ShadowOptions, ShadowStore, find_shadow};
 pub use state::{StateError, StateFile};
 pub use uring::UringDisk;

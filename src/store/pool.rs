@@ -13,6 +13,7 @@ use std::thread::JoinHandle;
 
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use parking_lot::{Condvar, Mutex};
+use shadow::stamp::Stamp;
 
 use super::disk::{Backing, Disk, Done, Job, JobId};
 
@@ -150,6 +151,10 @@ impl Disk for Pool {
             std::mem::swap(&mut *list, &mut self.reaped);
         }
         self.reaped.pop_front()
+    }
+
+    fn stamp(&self) -> Option<Stamp> {
+        self.shared.backing.stamp()
     }
 
     fn try_now(&self, buf: &mut [u8], offset: u64) -> bool {

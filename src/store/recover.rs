@@ -1,38 +1,47 @@
-//! Finding the arena again: what a process that died has left is brought to
-//! the image before anyone is answered, and never silently passed over.
+//! Finding arenas again: what a process that died has left is brought to the
+//! image before anyone is answered, and never silently passed over.
 //!
 //! The state directory keeps a record of each arena, made before the first
-//! write that depends on it: which file, of which image and window, in which
-//! boot. A start reads the records of its image; whose window overlaps ours
-//! belongs to a process that is dead, since we hold the lock.
+//! write that depends on it. A start reads all records, and looks for arenas in
+//! the run directory that have none. Each is of our image, of another one, or in
+//! doubt; in doubt the start is refused, and nothing is replayed or discarded.
+//! All arenas of our exported range are checked before the first is replayed.
+//! Their processes are dead, since we hold the lock on that range.
 
+mod changed;
 mod error;
+mod record;
 
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::time::{SystemTime, UNIX_EPOCH};
 
-use nix::sys::statfs::{TMPFS_MAGIC, statfs};
 use nix::sys::statvfs::statvfs;
-use shadow::paths::sync_directory;
-use shadow::{BlockFile, RealFiles, SECTOR, replace_text};
-use toml::{Table, Value};
+use shadow::stamp::real_time;
+use shadow::{BlockFile, Facts, SECTOR, Verdict};
 
 pub use error::{RecoverError, RecoverTrouble};
+pub use record::Record;
 
-use super::arena::{Arena, ArenaTrouble, ImageId, OldArena, Pulse};
+use super::arena::{Arena, ArenaTrouble, Head, ImageId, OldArena, content};
 use super::disk::Backing;
-use super::image::Image;
+use super::image::{Image, SideLock};
+use super::run_dir::{RunDir, RunDirError, is_memory};
 use super::shadow::FoundShadow;
+
+use changed::{Change, Seen};
+use record::{ARENA, Left, tell_all};
 
 /// Bytes of a cache's block, unless the disk wants larger ones.
 const BLOCK: usize = 4096;
 /// The least cache that is of any use, in blocks.
 const SLOTS_MIN: u64 = 64;
-/// How much later than its process was last seen alive an image may have been
-/// changed by it: writes under way when it died.
-const ALIVE_SLACK: u64 = 2_000_000_000;
+/// The part of the new cache that sectors may take which the image does not
+/// take, and in how many pieces.
+const UNREPLAYED_SHARE: u64 = 8;
+const UNREPLAYED_MAX: usize = 1024;
+/// The directory of the arenas in the run directory.
+const ARENAS: &str = "arena";
 
 /// Where an arena is kept, and how large.
 #[derive(Clone, Debug)]
@@ -43,8 +52,21 @@ pub struct ArenaOptions {
     pub run_dir: Option<PathBuf>,
     /// Bytes of cache.
     pub cache_size: u64,
-    /// Gives up what an arena holds that cannot be used.
-    pub discard: bool,
+    /// What the operator says of arenas that cannot be replayed as they are.
+    pub doubt: Doubtful,
+}
+
+/// What becomes of an arena that is not certain to belong to the image as it is
+/// now.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Doubtful {
+    /// The start is refused.
+    #[default]
+    Refuse,
+    /// The writes in it are discarded (`--discard-arena`).
+    Discard,
+    /// The image is the right one (`--replay-arena`).
+    Replay,
 }
 
 /// What a start has to work with.
@@ -56,53 +78,29 @@ pub struct Prepared {
     pub write_through: bool,
     /// To be taken away with it.
     pub record: Option<Record>,
+    /// What the image did not take.
+    pub unreplayed: Unreplayed,
 }
 
-/// The record of an arena.
-#[derive(Debug)]
-pub struct Record {
-    path: PathBuf,
-    id: ImageId,
-    boot: [u64; 2],
+/// Acknowledged sectors that the image does not take. They go on as dirty blocks
+/// of the new cache.
+#[derive(Debug, Default)]
+pub struct Unreplayed {
+    /// Offset in the image, and the bytes, in the order in which they count.
+    pub pieces: Vec<(u64, Vec<u8>)>,
+    /// The arenas that hold them until then.
+    arenas: Vec<(OldArena, Left)>,
 }
 
-impl Record {
-    /// Takes the record away; only when nothing in the arena is needed.
-    pub fn remove(self) -> io::Result<()> {
-        // What other windows of the image have left must not take our changes
-        // for those of a stranger.
-        for other in self.others() {
-            if let Ok(mut pulse) = Pulse::open(&other) {
-                pulse.set_alive(pulse.alive().max(real_time()));
-            }
+impl Unreplayed {
+    /// Takes the old arenas away: the new one has what they held.
+    pub fn settle(self) -> Result<(), RecoverError> {
+        for (mut old, left) in self.arenas {
+            old.retire();
+            remove(&left)?;
         }
-        remove_record(&self.path)
+        Ok(())
     }
-
-    /// The arenas of other windows of the same image.
-    fn others(&self) -> Vec<PathBuf> {
-        let directory = self.path.parent().unwrap_or(&self.path);
-        let Ok(list) = records_of(directory, &self.id) else {
-            return Vec::new();
-        };
-        list.into_iter()
-            .filter(|(_, left)| left.boot == self.boot && !left.id.overlaps(&self.id))
-            .map(|(_, left)| left.path)
-            .collect()
-    }
-}
-
-fn remove_record(path: &Path) -> io::Result<()> {
-    fs::remove_file(path)?;
-    sync_directory(path)
-}
-
-/// The kernel's real-time clock, in nanoseconds, by which files are stamped.
-fn real_time() -> u64 {
-    let since = SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .unwrap_or_default();
-    u64::try_from(since.as_nanos()).unwrap_or(u64::MAX)
 }
 
 /// Bytes of the cache's blocks: whole ones of the disk's, and whole chunks of the
@@ -121,72 +119,220 @@ pub fn prepare(
 ) -> Result<Prepared, RecoverError> {
     let id = image.id();
     let boot = boot_id();
-    let (ours, others): (Vec<_>, Vec<_>) = records_of(&options.state_dir, &id)?
-        .into_iter()
-        .partition(|(_, left)| left.id.overlaps(&id));
-    // When any export of the image was last known to live.
-    let alive = ours.iter().chain(&others);
-    let alive = alive.filter(|(_, left)| left.boot == boot);
-    let alive = alive.filter_map(|(_, left)| Pulse::open(&left.path).ok());
+    let arenas = match arena_directory(options) {
+        Err((_, e)) if !e.is_unavailable() => {
+            return Err(RecoverError {
+                path: PathBuf::new(),
+                why: RecoverTrouble::RunDir(e),
+            });
+        }
+        arenas => arenas,
+    };
+    let run_dir = match &arenas {
+        Ok((run_dir, _)) => run_dir.path(),
+        Err((path, _)) => path,
+    };
+    let mut found = record::all(&options.state_dir, &id)?;
+    orphans(&[run_dir, &run_dir.join(ARENAS)], &mut found);
     let block = block_bytes(image, shadow.as_deref());
-    let mut scene = Scene {
-        shadow,
+    let (ours, peers) = sort(found, image, &id, boot, options.doubt)?;
+    let heads: Vec<Head> = ours
+        .iter()
+        .chain(&peers)
+        .filter(|left| left.boot == boot)
+        .filter_map(|left| Head::read(&left.arena).ok())
+        .collect();
+    let mut recovery = Recovery {
         image,
+        shadow,
         id,
         boot,
-        alive: alive.map(|pulse| pulse.alive()).max().unwrap_or(0),
-        discard: options.discard,
+        doubt: options.doubt,
+        seen: Seen::of(heads.iter()),
+        peers: ours.iter().chain(&peers).map(|l| l.arena.clone()).collect(),
+        room: options.cache_size / UNREPLAYED_SHARE,
     };
-    for (path, left) in ours {
-        scene.recover(&path, &left)?;
-    }
+    let unreplayed = recovery.recover(ours)?;
     if image.is_read_only() {
         let arena = anonymous(&options.state_dir, block, options.cache_size)?;
         return Ok(Prepared {
             arena,
             write_through: false,
             record: None,
+            unreplayed,
         });
     }
-    let directory = options.run_dir.clone().unwrap_or_else(default_run_dir);
-    let path = directory.join(format!("{}.arena", name(&id)));
-    if path.exists() {
-        // No record speaks of it, but it is here: of a state directory that is
-        // gone, perhaps.
-        let orphan = Left {
-            path: path.clone(),
-            boot,
-            id,
-        };
-        scene.recover_arena(&orphan, None)?;
-    }
-    match make(&directory, &path, boot, &id, block, options) {
-        Ok((mut arena, record)) => {
-            // Its last change may bear a time to come, and is no stranger's
-            // who came after us.
-            if let Ok((Some(changed), _)) = image.changed_and_size() {
-                arena.set_alive(changed);
-            }
-            Ok(Prepared {
-                arena,
-                write_through: false,
-                record: Some(record),
-            })
-        }
-        Err(e) => {
+    let made = match arenas {
+        Ok((_, arenas)) => make(&arenas, boot, image, block, options).map_err(|e| {
+            let place = arenas.display();
+            format!("no arena in {place} ({e})")
+        }),
+        Err((_, e)) => Err(e.to_string()),
+    };
+    match made {
+        Ok((arena, record)) => Ok(Prepared {
+            arena,
+            write_through: false,
+            record: Some(record),
+            unreplayed,
+        }),
+        Err(why) => {
             log::warn!(
-                "no arena in {} ({e}): writes go through to the image before they are \
-                 acknowledged, which is slower; --run-dir and --state-dir name other places",
-                directory.display()
+                "{why}: writes go through to the image before they are acknowledged, which is \
+                 slower; --run-dir and --state-dir name other places"
             );
-            let arena = anonymous(&path, block, options.cache_size)?;
+            let arena = anonymous(&options.state_dir, block, options.cache_size)?;
             Ok(Prepared {
                 arena,
                 write_through: true,
                 record: None,
+                unreplayed,
             })
         }
     }
+}
+
+type ArenaDirectory = Result<(RunDir, PathBuf), (PathBuf, RunDirError)>;
+
+/// The directory for our arena, and the run directory that it lies in.
+fn arena_directory(options: &ArenaOptions) -> ArenaDirectory {
+    let fail = |e: RunDirError| (e.path().to_owned(), e);
+    let run_dir = RunDir::open(options.run_dir.as_deref()).map_err(fail)?;
+    let arenas = run_dir.private(ARENAS).map_err(fail)?;
+    Ok((run_dir, arenas))
+}
+
+/// Adds the arenas in these directories that no record speaks of.
+fn orphans(directories: &[&Path], found: &mut Vec<Left>) {
+    for directory in directories {
+        let files = fs::read_dir(directory).into_iter().flatten().flatten();
+        for path in files.map(|entry| entry.path()) {
+            let is_arena = path.to_string_lossy().ends_with(ARENA);
+            if !is_arena || found.iter().any(|left| left.arena == path) {
+                continue;
+            }
+            match Head::read(&path) {
+                Ok(head) => found.push(Left::orphan(path, &head)),
+                // Nobody has told of it, and it is nothing that we know.
+                Err(e) => log::warn!("arena {}: {e}; it is passed over", path.display()),
+            }
+        }
+    }
+}
+
+/// The arenas of our image: those of our exported range, and others. Names those
+/// whose image is nowhere, and refuses those in doubt.
+fn sort(
+    found: Vec<Left>,
+    image: &Image,
+    id: &ImageId,
+    boot: [u64; 2],
+    doubt: Doubtful,
+) -> Result<(Vec<Left>, Vec<Left>), RecoverError> {
+    let (mut ours, mut peers) = (Vec::new(), Vec::new());
+    let path = fs::canonicalize(image.path()).unwrap_or_else(|_| image.path().to_owned());
+    for left in found {
+        let same_boot = left.boot == boot;
+        let mut verdict = left.origin.compare(id, same_boot);
+        let has_our_path = left.image.as_deref() == Some(&path) && !image.is_device();
+        if verdict == Verdict::Other && has_our_path && same_boot {
+            verdict = Verdict::Doubt("another file was put in its place");
+        }
+        match verdict {
+            Verdict::Same if left.overlaps(id) => ours.push(left),
+            Verdict::Same => peers.push(left),
+            Verdict::Doubt(why) if same_boot && left.overlaps(id) && sectors(&left) != Some(0) => {
+                match doubt {
+                    Doubtful::Refuse => {
+                        return Err(RecoverError {
+                            path: left.arena.clone(),
+                            why: RecoverTrouble::Doubt {
+                                why,
+                                then: describe(&left),
+                                now: format!("{}: {}", path.display(), id.facts),
+                            },
+                        });
+                    }
+                    Doubtful::Discard => discard(&left)?,
+                    Doubtful::Replay => ours.push(left),
+                }
+            }
+            Verdict::Other | Verdict::Doubt(_) => tell_if_lost(&left, same_boot),
+        }
+    }
+    // A newer one may hold what one before it could not bring to the disk.
+    ours.sort_by_key(|left| Head::read(&left.arena).map_or(0, |head| head.created));
+    Ok((ours, peers))
+}
+
+/// How many sectors an arena holds; `None` if it cannot be used.
+fn sectors(left: &Left) -> Option<u64> {
+    OldArena::look(&left.arena).ok().map(|old| old.sectors())
+}
+
+/// What an arena belongs to, in words.
+fn describe(left: &Left) -> String {
+    match &left.image {
+        Some(path) => format!("{}: {}", path.display(), left.origin),
+        None => left.origin.to_string(),
+    }
+}
+
+/// Names an arena of a process that died, whose image is not there any more.
+fn tell_if_lost(left: &Left, same_boot: bool) {
+    let Some(image) = left.image.as_deref().filter(|_| same_boot) else {
+        return;
+    };
+    if Head::is_live(&left.arena) || is_in_sight(image, left) {
+        return;
+    }
+    let Some(sectors) = sectors(left).filter(|sectors| *sectors > 0) else {
+        return;
+    };
+    log::warn!(
+        "arena {}: {sectors} acknowledged sectors of an image that is not there now ({}); start \
+         with that image to bring them there, or remove arena and record to discard them",
+        left.arena.display(),
+        describe(left)
+    );
+}
+
+/// Whether the image of an arena is where it was.
+fn is_in_sight(path: &Path, left: &Left) -> bool {
+    let is_disk = fs::metadata(path).is_ok_and(|metadata| {
+        use std::os::unix::fs::FileTypeExt;
+        metadata.is_file() || metadata.file_type().is_block_device()
+    });
+    // Opening anything else may wait, or do something.
+    let facts = || Facts::of(&fs::File::open(path).ok()?).ok();
+    let Some(facts) = is_disk.then(facts).flatten() else {
+        return false;
+    };
+    let id = ImageId {
+        facts,
+        ..ImageId::default()
+    };
+    left.origin.compare(&id, true) == Verdict::Same
+}
+
+/// Discards what an arena holds, as the operator said.
+fn discard(left: &Left) -> Result<(), RecoverError> {
+    log::warn!("arena {} given up, as told", left.arena.display());
+    remove(left)
+}
+
+/// Takes an arena and its record away.
+fn remove(left: &Left) -> Result<(), RecoverError> {
+    // The record first: one whose arena is gone stands for writes that are lost.
+    let removed = left.record.as_deref().map_or(Ok(()), record::remove);
+    let removed = removed.and_then(|()| match fs::remove_file(&left.arena) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
+        removed => removed,
+    });
+    removed.map_err(|e| RecoverError {
+        path: left.arena.clone(),
+        why: RecoverTrouble::Replay(e),
+    })
 }
 
 fn anonymous(path: &Path, block: usize, bytes: u64) -> Result<Arena, RecoverError> {
@@ -200,14 +346,12 @@ fn anonymous(path: &Path, block: usize, bytes: u64) -> Result<Arena, RecoverErro
 /// Makes the arena, and its record on stable storage.
 fn make(
     directory: &Path,
-    path: &Path,
     boot: [u64; 2],
-    id: &ImageId,
+    image: &Image,
     block: usize,
     options: &ArenaOptions,
 ) -> io::Result<(Arena, Record)> {
-    fs::create_dir_all(directory)?;
-    if statfs(directory)?.filesystem_type() != TMPFS_MAGIC {
+    if !is_memory(directory) {
         log::warn!(
             "{} is no memory filesystem: every write goes to its disk as well; --run-dir names \
              another place",
@@ -231,10 +375,19 @@ fn make(
         return Err(io::ErrorKind::StorageFull.into());
     }
     let slots = slots.min(u64::from(u32::MAX - 1)) as u32;
-    let arena = Arena::create(path, boot, id, block, slots)?;
-    let written = write_record(options, path, boot, id).map_err(|e| {
+    let id = image.id();
+    let (path, record) = record::free_paths(&id, directory, &options.state_dir);
+    let mut arena = Arena::create(&path, boot, &id, block, slots)?;
+    arena.set_heartbeat(real_time());
+    arena.set_stamp(image.stamp()?);
+    if image.is_device() {
+        let len = image.exported_bytes();
+        arena.set_content(len, content_of(image, id.start, len));
+    }
+    let image = fs::canonicalize(image.path()).unwrap_or_else(|_| image.path().to_owned());
+    let written = Record::write(&record, &path, &image, boot, &id).map_err(|e| {
         // Without its record it must not be used; the error is told.
-        let _ = fs::remove_file(path);
+        let _ = fs::remove_file(&path);
         let kept = options.state_dir.display();
         io::Error::new(
             e.kind(),
@@ -244,210 +397,163 @@ fn make(
     Ok((arena, written?))
 }
 
-fn write_record(
-    options: &ArenaOptions,
-    arena: &Path,
-    boot: [u64; 2],
-    id: &ImageId,
-) -> io::Result<Record> {
-    let mut table = Table::new();
-    let number = |n: u64| Value::String(format!("{n:016x}"));
-    table.insert("version".into(), Value::Integer(1));
-    let text = arena.to_str().ok_or(io::ErrorKind::InvalidInput)?;
-    table.insert("arena".into(), Value::String(text.to_owned()));
-    let numbers = [
-        ("boot_high", boot[0]),
-        ("boot_low", boot[1]),
-        ("device", id.device),
-        ("inode", id.inode),
-        ("birth", id.birth),
-        ("start", id.start),
-        ("len", id.len),
-    ];
-    for (key, value) in numbers {
-        table.insert(key.into(), number(value));
-    }
-    fs::create_dir_all(&options.state_dir)?;
-    let path = options.state_dir.join(format!("{}.arena.toml", name(id)));
-    replace_text(&RealFiles, &path, &table.to_string())?;
-    Ok(Record {
-        path,
-        id: *id,
-        boot,
+/// What a device holds at both ends of a range, as far as it can be read.
+fn content_of(image: &Image, start: u64, len: u64) -> impl Iterator<Item = (usize, u64)> {
+    let mut bytes = vec![0; content::PIECE as usize];
+    content::pieces(start, len).filter_map(move |(number, at)| {
+        image.read_unaligned(&mut bytes, at).ok()?;
+        Some((number, content::sum(&bytes)))
     })
 }
 
-/// What a record says.
-struct Left {
-    path: PathBuf,
-    boot: [u64; 2],
-    id: ImageId,
-}
-
-impl Left {
-    fn parse(text: &str) -> Option<Left> {
-        let table: Table = text.parse().ok()?;
-        let number = |key: &str| u64::from_str_radix(table.get(key)?.as_str()?, 16).ok();
-        if table.get("version")?.as_integer()? != 1 {
-            return None;
-        }
-        Some(Left {
-            path: PathBuf::from(table.get("arena")?.as_str()?),
-            boot: [number("boot_high")?, number("boot_low")?],
-            id: ImageId {
-                device: number("device")?,
-                inode: number("inode")?,
-                birth: number("birth")?,
-                start: number("start")?,
-                len: number("len")?,
-            },
-        })
-    }
-}
-
-/// The records of an image, of all its windows.
-fn records_of(directory: &Path, id: &ImageId) -> Result<Vec<(PathBuf, Left)>, RecoverError> {
-    let fail = |path: &Path, what: String| RecoverError {
-        path: path.to_owned(),
-        why: RecoverTrouble::Record(what),
-    };
-    let list = match fs::read_dir(directory) {
-        Ok(list) => list,
-        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
-        Err(e) => return Err(fail(directory, e.to_string())),
-    };
-    let mut records = Vec::new();
-    for entry in list {
-        let path = entry.map_err(|e| fail(directory, e.to_string()))?.path();
-        if !path.to_string_lossy().ends_with(".arena.toml") {
-            continue;
-        }
-        let text = match fs::read_to_string(&path) {
-            Ok(text) => text,
-            // Its process ended in order just now.
-            Err(e) if e.kind() == io::ErrorKind::NotFound => continue,
-            Err(e) => return Err(fail(&path, e.to_string())),
-        };
-        let Some(left) = Left::parse(&text) else {
-            // Its name says of which image it is, as far as a name can.
-            let file = path.file_name().unwrap_or_default().to_string_lossy();
-            if file.starts_with(&image_name(id)) {
-                return Err(fail(
-                    &path,
-                    "it cannot be read; remove it to pass it over".into(),
-                ));
-            }
-            log::warn!(
-                "arena record {}: it cannot be read, and is passed over, being of another image",
-                path.display()
-            );
-            continue;
-        };
-        if left.id.is_same_image(id) {
-            records.push((path, left));
-        }
-    }
-    Ok(records)
-}
-
-/// What a start finds.
-struct Scene<'a> {
+/// What a start finds of its own image.
+struct Recovery<'a> {
     image: &'a Image,
     shadow: Option<&'a mut FoundShadow>,
     id: ImageId,
     boot: [u64; 2],
-    /// When an export of the image was last known to live.
-    alive: u64,
-    discard: bool,
+    doubt: Doubtful,
+    seen: Seen,
+    /// The arenas of the image, of all exported ranges.
+    peers: Vec<PathBuf>,
+    /// Bytes that may be carried into the new cache.
+    room: u64,
 }
 
-impl Scene<'_> {
-    /// Brings what a record speaks of to the image, and takes both away.
-    fn recover(&mut self, record: &Path, left: &Left) -> Result<(), RecoverError> {
-        let gone = |e: io::Error| RecoverError {
-            path: record.to_owned(),
-            why: RecoverTrouble::Record(e.to_string()),
-        };
+/// An arena that can be replayed.
+struct Checked<'a> {
+    left: Left,
+    old: OldArena,
+    /// What of its range is not ours.
+    _lock: SideLock<'a>,
+}
+
+impl<'a> Recovery<'a> {
+    /// Brings what the arenas of our range hold to the image, and takes them
+    /// away.
+    fn recover(&mut self, ours: Vec<Left>) -> Result<Unreplayed, RecoverError> {
+        let mut checked = Vec::new();
+        for left in ours {
+            let fail = |why| RecoverError {
+                path: left.arena.clone(),
+                why,
+            };
+            match self.check(left.clone()) {
+                Ok(found) => checked.extend(found),
+                Err(why) if self.doubt == Doubtful::Discard && why.can_be_discarded() => {
+                    discard(&left)?;
+                }
+                Err(why) => return Err(fail(why)),
+            }
+        }
+        let mut unreplayed = Unreplayed::default();
+        for Checked { left, old, _lock } in checked {
+            let fail = |why| RecoverError {
+                path: left.arena.clone(),
+                why,
+            };
+            let before = unreplayed.pieces.len();
+            self.replay(&old, &left.arena, &mut unreplayed.pieces)
+                .map_err(fail)?;
+            unreplayed.arenas.push((old, left));
+            if unreplayed.pieces.len() == before && before == 0 {
+                std::mem::take(&mut unreplayed).settle()?;
+            }
+        }
+        Ok(unreplayed)
+    }
+
+    /// Checks one arena, and changes nothing but what is certainly over: `None`
+    /// if there is nothing to replay in it.
+    fn check(&self, left: Left) -> Result<Option<Checked<'a>>, RecoverTrouble> {
+        let gone = |e: RecoverError| RecoverTrouble::Record(e.to_string());
         if left.boot != self.boot {
-            set_aside(left);
-            return remove_record(record).map_err(gone);
-        }
-        if left.path.exists() {
-            return self.recover_arena(left, Some(record));
-        }
-        if self.discard {
-            log::warn!("arena {} given up, as told", left.path.display());
-            return remove_record(record).map_err(gone);
-        }
-        Err(RecoverError {
-            path: left.path.clone(),
-            why: RecoverTrouble::Gone,
-        })
-    }
-
-    fn recover_arena(&mut self, left: &Left, record: Option<&Path>) -> Result<(), RecoverError> {
-        let fail = |why| RecoverError {
-            path: left.path.clone(),
-            why,
-        };
-        let done = match OldArena::open(&left.path) {
-            Ok(old) if old.boot != self.boot => {
-                log::warn!(
-                    "arena {} is of another boot and passed over; it held {} sectors",
-                    left.path.display(),
-                    old.sectors()
-                );
-                Ok(())
+            set_aside(&left);
+            if let Some(record) = &left.record {
+                record::remove(record).map_err(|e| RecoverTrouble::Record(e.to_string()))?;
             }
-            Ok(old) if !old.image.is_same_image(&self.id) => Err(RecoverTrouble::OtherImage),
-            Ok(old) => self.replay(old, &left.path),
-            Err(e) => Err(RecoverTrouble::Arena(e)),
-        };
-        match done {
-            Ok(()) => {}
-            Err(
-                why @ (RecoverTrouble::Replay(_)
-                | RecoverTrouble::ReplayFrozen(_)
-                | RecoverTrouble::InUse),
-            ) => {
-                return Err(fail(why));
-            }
-            Err(_) if self.discard => {
-                log::warn!("arena {} given up, as told", left.path.display());
-            }
-            Err(why) => return Err(fail(why)),
+            return Ok(None);
         }
-        // The record first: one whose arena is gone stands for writes that are
-        // lost.
-        let removed = record.map_or(Ok(()), remove_record);
-        removed
-            .and_then(|()| fs::remove_file(&left.path))
-            .map_err(|e| fail(RecoverTrouble::Replay(e)))
-    }
-
-    /// Writes all that counts to the image, and syncs it. May be killed anywhere
-    /// and done again: the arena stays as it is until then.
-    fn replay(&mut self, mut old: OldArena, path: &Path) -> Result<(), RecoverTrouble> {
-        let sectors = old.sectors();
-        if sectors == 0 {
-            return Ok(());
+        if !left.arena.exists() {
+            return Err(RecoverTrouble::Gone);
         }
-        let image = self.image;
-        let (changed, size) = image.changed_and_size().map_err(RecoverTrouble::Replay)?;
+        let old = OldArena::open(&left.arena).map_err(|e| match e {
+            ArenaTrouble::InUse => RecoverTrouble::InUse,
+            e => RecoverTrouble::Arena(e),
+        })?;
+        let is_replayed = self.doubt == Doubtful::Replay;
+        if old.head.origin.compare(&self.id, true) != Verdict::Same && !is_replayed {
+            return Err(RecoverTrouble::OtherImage);
+        }
+        if old.head.boot != self.boot {
+            log::warn!(
+                "arena {} is of another boot and passed over; it held {} sectors",
+                left.arena.display(),
+                old.sectors()
+            );
+        }
+        if old.head.boot != self.boot || old.sectors() == 0 {
+            remove(&left).map_err(gone)?;
+            return Ok(None);
+        }
+        let size = self.image.bytes().map_err(RecoverTrouble::Replay)?;
         if old.end() > size {
             return Err(RecoverTrouble::Shrunk);
         }
-        let alive = old.alive.max(self.alive);
-        if changed.is_some_and(|at| at > alive.saturating_add(ALIVE_SLACK)) {
-            return Err(RecoverTrouble::Changed);
+        if !is_replayed {
+            self.judge(&old, &left.arena)?;
+        }
+        if self.image.is_read_only() {
+            return Err(RecoverTrouble::ReadOnly);
         }
         // Nobody else may serve a part of what we write.
-        let _lock = image
-            .lock_besides(old.image.start, old.image.len)
+        let lock = self
+            .image
+            .lock_besides(old.head.start, old.head.len)
             .map_err(|_| RecoverTrouble::InUse)?;
-        // What we change now is no stranger's change to who comes after us.
-        let mut pulse = Pulse::open(path).map_err(RecoverTrouble::Arena)?;
-        let shadow = &mut self.shadow;
+        Ok(Some(Checked {
+            left,
+            old,
+            _lock: lock,
+        }))
+    }
+
+    /// Refuses an image that someone else has changed.
+    fn judge(&self, old: &OldArena, path: &Path) -> Result<(), RecoverTrouble> {
+        match self.image.stamp().map_err(RecoverTrouble::Replay)? {
+            Some(now) => match self.seen.judge(&now) {
+                Change::None => {}
+                Change::Touched => log::warn!(
+                    "arena {}: name, owner or permissions of the image were changed after the \
+                     target died, but not its content; replayed",
+                    path.display()
+                ),
+                Change::Foreign => return Err(RecoverTrouble::Changed),
+            },
+            // A device: what was not written must be as it was.
+            None => {
+                let mut bytes = vec![0; content::PIECE as usize];
+                for (at, _, sum) in old.content() {
+                    let read = self.image.read_unaligned(&mut bytes, at);
+                    if read.is_ok() && content::sum(&bytes) != sum {
+                        return Err(RecoverTrouble::Changed);
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Writes all that counts to the image, and syncs it. May be killed anywhere
+    /// and done again: the arena stays as it is until then. What single sectors
+    /// do not take is added to `unreplayed`.
+    fn replay(
+        &mut self,
+        old: &OldArena,
+        path: &Path,
+        unreplayed: &mut Vec<(u64, Vec<u8>)>,
+    ) -> Result<(), RecoverTrouble> {
+        let (image, shadow) = (self.image, &mut self.shadow);
         let (place, fail) = match shadow {
             Some(_) => (
                 "the image and its shadow",
@@ -455,11 +561,13 @@ impl Scene<'_> {
             ),
             None => ("the image", RecoverTrouble::Replay as fn(io::Error) -> _),
         };
+        let before = unreplayed.len();
         old.replay(|generation, at, bytes| {
-            pulse.set_alive(real_time());
+            // A change of the image is ours from here on.
+            old.note_replay(real_time())?;
             match shadow {
                 Some(shadow) => shadow.replay(image, generation, at, bytes),
-                None => image.write_unaligned(bytes, at),
+                None => write_or_keep(image, at, bytes, unreplayed),
             }
         })
         .map_err(fail)?;
@@ -470,23 +578,78 @@ impl Scene<'_> {
         if let Some(shadow) = shadow {
             shadow.sync().map_err(fail)?;
         }
-        old.retire();
+        if let Some(stamp) = image.stamp().map_err(fail)? {
+            tell_all(self.peers.iter().map(PathBuf::as_path), &stamp);
+        }
+        let kept: u64 = unreplayed.iter().map(|(_, b)| b.len() as u64).sum();
+        if kept > self.room || unreplayed.len() > UNREPLAYED_MAX {
+            return Err(RecoverTrouble::TooManyBad(kept / SECTOR));
+        }
+        let sectors = old.sectors();
+        let bad: u64 = unreplayed[before..]
+            .iter()
+            .map(|(_, b)| b.len() as u64 / SECTOR)
+            .sum();
+        let done = sectors - bad;
         log::warn!(
-            "a target of this image died: {sectors} acknowledged sectors ({} KiB) brought to {place} \
+            "a target of this image died: {done} acknowledged sectors ({} KiB) brought to {place} \
              from {}",
-            sectors * SECTOR / 1024,
+            done * SECTOR / 1024,
             path.display()
         );
+        for (at, bytes) in &unreplayed[before..] {
+            log::error!(
+                "image {}: {} acknowledged sectors from LBA {} on cannot be written; they stay in \
+                 the cache, are tried again, and a host may write them anew",
+                image.path().display(),
+                bytes.len() as u64 / SECTOR,
+                at / SECTOR
+            );
+        }
         Ok(())
     }
+}
+
+/// Writes a run of sectors; those that the disk does not take are kept.
+fn write_or_keep(
+    image: &Image,
+    at: u64,
+    bytes: &[u8],
+    kept: &mut Vec<(u64, Vec<u8>)>,
+) -> io::Result<()> {
+    match image.write_unaligned(bytes, at) {
+        Err(e) if is_bad_sector(&e) => {}
+        written => return written,
+    }
+    for (n, sector) in bytes.chunks(SECTOR as usize).enumerate() {
+        let at = at + n as u64 * SECTOR;
+        match image.write_unaligned(sector, at) {
+            Err(e) if is_bad_sector(&e) => match kept.last_mut() {
+                Some((first, run)) if *first + run.len() as u64 == at => {
+                    run.extend_from_slice(sector);
+                }
+                _ => kept.push((at, sector.to_vec())),
+            },
+            written => written?,
+        }
+    }
+    Ok(())
+}
+
+/// Whether an error concerns a place of the disk, and not all of it.
+fn is_bad_sector(e: &io::Error) -> bool {
+    matches!(
+        e.raw_os_error(),
+        Some(libc::EIO | libc::ENODATA | libc::EILSEQ | libc::EREMOTEIO)
+    )
 }
 
 /// Memory of another boot is gone, or on a disk and out of date: the kernel had
 /// written some of it back, and not the rest.
 fn set_aside(left: &Left) {
-    let held = OldArena::open(&left.path).map(|arena| arena.sectors());
-    let aside = left.path.with_extension("arena.old");
-    let moved = fs::rename(&left.path, &aside).is_ok();
+    let held = OldArena::open(&left.arena).map(|arena| arena.sectors());
+    let aside = left.arena.with_extension("arena.old");
+    let moved = fs::rename(&left.arena, &aside).is_ok();
     match held {
         Ok(sectors) if moved => log::warn!(
             "the machine went down while this image was served: {sectors} sectors that may \
@@ -500,36 +663,10 @@ fn set_aside(left: &Left) {
     }
 }
 
-/// What the names of all windows of an image begin with.
-fn image_name(id: &ImageId) -> String {
-    let crc = crc::Crc::<u64>::new(&crc::CRC_64_XZ);
-    let mut digest = crc.digest();
-    for number in [id.device, id.inode, id.birth] {
-        digest.update(&number.to_le_bytes());
-    }
-    format!("{:016x}-", digest.finalize())
-}
-
-fn name(id: &ImageId) -> String {
-    format!("{}{}", image_name(id), id.start / SECTOR)
-}
-
 /// The boot we are in; zeros where /proc does not tell.
 fn boot_id() -> [u64; 2] {
     let text = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
     let digits: String = text.chars().filter(char::is_ascii_hexdigit).collect();
     let half = |range| u64::from_str_radix(digits.get(range).unwrap_or("0"), 16).unwrap_or(0);
     [half(0..16), half(16..32)]
-}
-
-/// Memory that lives until the next boot: /run where that is memory, else
-/// /dev/shm.
-fn default_run_dir() -> PathBuf {
-    let run = Path::new("/run");
-    let is_memory = |path: &Path| statfs(path).is_ok_and(|s| s.filesystem_type() == TMPFS_MAGIC);
-    if is_memory(run) || !is_memory(Path::new("/dev/shm")) {
-        PathBuf::from("/run/aoede")
-    } else {
-        PathBuf::from("/dev/shm/aoede")
-    }
 }

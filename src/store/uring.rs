@@ -7,6 +7,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 
 use nix::sys::eventfd::EventFd;
+use shadow::stamp::Stamp;
 
 use super::align::around;
 use super::disk::{Backing, Disk, DiskError, Done, Job, JobId, JobKind, Segment};
@@ -229,6 +230,10 @@ impl<R: Ring> Disk for UringDisk<R> {
                 return Some(done);
             }
         }
+    }
+
+    fn stamp(&self) -> Option<Stamp> {
+        self.image.stamp()
     }
 
     fn try_now(&self, buf: &mut [u8], offset: u64) -> bool {

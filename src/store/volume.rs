@@ -176,6 +176,10 @@ enum Under {
     Prefetch,
 }
 
+/// So long without a request, memory that holds nothing but clean blocks is given
+/// back.
+const CACHE_IDLE: Duration = Duration::from_secs(60);
+
 const SYNC: JobId = JobId(u64::MAX);
 const SAVE: JobId = JobId(u64::MAX - 1);
 const DISCARD: JobId = JobId(u64::MAX - 2);
@@ -316,6 +320,7 @@ impl Volume {
     /// The backing has another size now. What was written behind its new end is
     /// dropped: to write it there would make the image grow again.
     pub fn resize(&mut self, now: Instant, bounds: Bounds) {
+        self.note_image();
         let gone = self.bounds.sectors.saturating_sub(bounds.sectors);
         self.bounds = bounds;
         let end = Lba(bounds.start / SECTOR + bounds.sectors);
@@ -334,6 +339,36 @@ impl Volume {
             );
         }
         self.fail_parked_behind(end);
+    }
+
+    /// Notes how the image looks now, which others than its writes have changed
+    /// with our knowledge.
+    pub fn note_image(&mut self) {
+        let stamp = self.disk.stamp();
+        self.cache.arena().set_stamp(stamp);
+    }
+
+    /// Takes over acknowledged sectors that the image did not take when they were
+    /// replayed: offset in the image, and the bytes. `false` if the cache has no
+    /// room for all of them.
+    pub fn restore(&mut self, now: Instant, pieces: &[(u64, Vec<u8>)]) -> bool {
+        pieces.iter().all(|(at, bytes)| {
+            let mut at = *at;
+            bytes.chunks(self.cache.arena().block()).all(|bytes| {
+                let len = bytes.len() as u64;
+                let extent = Extent::new(Lba(at / SECTOR), len / SECTOR);
+                at += len;
+                extent.is_some_and(|extent| self.cache.write(extent, bytes, now).is_ok())
+            })
+        })
+    }
+
+    /// Gives room of the arena back that nothing has used for a while.
+    fn release_idle_cache(&mut self, now: Instant) {
+        let idle = now.saturating_duration_since(self.last_request) >= CACHE_IDLE;
+        if idle && !self.cache.is_released() {
+            self.cache.release_idle();
+        }
     }
 
     /// Requests may carry so many bytes from now on.
@@ -424,7 +459,7 @@ impl Volume {
 
     /// Notes in the arena that we live, at this real time in nanoseconds.
     pub fn set_alive(&mut self, nanoseconds: u64) {
-        self.cache.arena().set_alive(nanoseconds);
+        self.cache.arena().set_heartbeat(nanoseconds);
     }
 
     /// What to poll for results; `None` if they are there at once.
@@ -475,6 +510,11 @@ impl Volume {
         self.start_verifies();
         self.progress.set_busy(self.has_disk_work(), now);
         self.disk.kick();
+        if self.cache.arena().is_writing() && !self.is_writing() {
+            let stamp = self.disk.stamp();
+            self.cache.arena().writes_ended(stamp);
+        }
+        self.release_idle_cache(now);
     }
 
     fn reap_shadow(&mut self) -> Option<Done> {
@@ -529,6 +569,9 @@ impl Volume {
         let parked = self.parked.get(usize::from(self.discarding.is_submitted()));
         if let (Some(silent), Some(parked)) = (silent, parked) {
             by(silent.max(parked.since()) + self.options.io_patience);
+        }
+        if !self.cache.is_released() {
+            by(self.last_request + CACHE_IDLE);
         }
         if let Some(oldest) = self.cache.oldest().filter(|_| self.flushing.is_none()) {
             by(oldest + self.options.max_dirty_age / 2);
@@ -609,6 +652,12 @@ impl Volume {
 
     /// Hands a job to the disk, under a number by which it is found again.
     fn submit(&mut self, under: Under, job: Job) -> Result<u32, Refused> {
+        if let Job::Write(segments) = &job {
+            for segment in segments {
+                let len = segment.pieces.iter().map(|piece| piece.len() as u64).sum();
+                self.cache.arena().write_begins(segment.at, len);
+            }
+        }
         let Some(id) = self.free.pop() else {
             if let Job::Read { buf, .. } = job {
                 self.give_back(buf);

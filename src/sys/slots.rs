@@ -12,7 +12,7 @@ use std::ops::Deref;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering, compiler_fence};
 
-use memmap2::{MmapOptions, MmapRaw};
+use memmap2::{Advice, MmapOptions, MmapRaw};
 
 const PAGE: usize = 4096;
 
@@ -45,13 +45,14 @@ pub fn file_len(words: usize, slot_size: usize, slots: usize) -> usize {
 }
 
 impl Slots {
-    /// Maps a file that is [`file_len`] long, all of it in memory at once.
+    /// Maps a file that is [`file_len`] long. Room for what is touched must be
+    /// allocated, or a full filesystem ends the process with SIGBUS.
     pub fn map(file: &File, words: usize, slot_size: usize, slots: usize) -> io::Result<Slots> {
         let len = file_len(words, slot_size, slots);
         if file.metadata()?.len() < len as u64 || slot_size == 0 {
             return Err(io::ErrorKind::InvalidInput.into());
         }
-        let memory = MmapOptions::new().len(len).populate().map_raw(file)?;
+        let memory = MmapOptions::new().len(len).map_raw(file)?;
         let lent = std::iter::repeat_with(|| AtomicU32::new(0))
             .take(slots)
             .collect();
@@ -65,9 +66,25 @@ impl Slots {
         })))
     }
 
-    /// Keeps the memory from being swapped out, where that is allowed.
-    pub fn lock(&self) -> io::Result<()> {
-        self.0.memory.lock()
+    /// Takes the words into memory and keeps them there, where that is allowed.
+    pub fn keep_words(&self) {
+        self.keep(0, self.0.slots_at);
+    }
+
+    /// Takes these slots into memory and keeps them there, where that is
+    /// allowed. Their room is allocated.
+    pub fn keep_slots(&self, slots: std::ops::Range<u32>) {
+        let size = self.0.slot_size;
+        let slots = slots.start as usize..(slots.end as usize).min(self.0.lent.len());
+        self.keep(self.0.slots_at + slots.start * size, slots.len() * size);
+    }
+
+    fn keep(&self, at: usize, len: usize) {
+        // Both only help: what is not here yet, or was swapped out, comes.
+        let _ = self.0.memory.advise_range(Advice::PopulateWrite, at, len);
+        // SAFETY: within the mapping, whose length `map` has checked; locking
+        // changes no byte. Without the right to lock it fails, and nothing else.
+        unsafe { libc::mlock(self.0.memory.as_ptr().add(at).cast(), len) };
     }
 
     /// A word.

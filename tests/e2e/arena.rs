@@ -1,8 +1,8 @@
 //! What a process that was killed has left: brought to the image before anyone
 //! is answered, or refused with a remedy, and never silently passed over.
 
-use std::fs::{self, File};
-use std::os::unix::fs::FileExt;
+use std::fs::{self, File, Permissions};
+use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt, chown};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
@@ -13,6 +13,7 @@ use tempfile::TempDir;
 
 use crate::rig::QUICK;
 use crate::support::{AOEDE, Store, Wire, command, files, in_memory, serve, stop};
+use crate::workshop::{Loop, sh};
 
 /// What is dirty stays so until someone asks or the process ends.
 const HELD: [&str; 4] = [
@@ -119,7 +120,7 @@ impl Bed {
 
     #[track_caller]
     fn nothing_left(&self) {
-        assert_eq!(files(self.store.run(), ""), [] as [PathBuf; 0]);
+        assert_eq!(files(&self.store.arenas(), ""), [] as [PathBuf; 0]);
         assert_eq!(
             files(&self.store.state(), ".arena.toml"),
             [] as [PathBuf; 0]
@@ -155,6 +156,12 @@ fn said(process: &mut Process, what: &str) -> String {
     }
 }
 
+/// Words of an arena: its checksum, the heartbeat, and mtime and ctime of the
+/// image as they were seen last.
+const SUM: u64 = 18;
+const HEARTBEAT: u64 = 20;
+const SEEN: [u64; 2] = [22, 23];
+
 /// Words of an arena's file.
 struct Words(File);
 
@@ -180,10 +187,10 @@ impl Words {
     fn seal(&self) {
         let crc = crc::Crc::<u64>::new(&crc::CRC_64_XZ);
         let mut digest = crc.digest();
-        for index in 0..10 {
+        for index in 0..SUM {
             digest.update(&self.get(index).to_le_bytes());
         }
-        self.set(10, digest.finalize());
+        self.set(SUM, digest.finalize());
     }
 }
 
@@ -297,7 +304,7 @@ fn an_arena_of_an_unknown_version_is_refused() {
     let bed = Bed::new();
     bed.die(&[]);
     let words = Words::of(&bed.store.arena());
-    words.set(1, words.get(1) + 98);
+    words.set(1, words.get(1) + 97);
     bed.is_given_up_only_when_told("format 99 is not known here");
     assert!(bed.untouched());
 }
@@ -330,11 +337,11 @@ fn an_arena_of_another_boot_is_set_aside_and_never_replayed() {
         "{output}"
     );
     assert!(bed.untouched());
-    assert_eq!(files(bed.store.run(), ".arena.old").len(), 1);
+    assert_eq!(files(&bed.store.arenas(), ".arena.old").len(), 1);
     stop(target);
     assert!(bed.untouched());
     // The memory is gone, as it is after a real one.
-    fs::remove_file(&files(bed.store.run(), ".arena.old")[0]).unwrap();
+    fs::remove_file(&files(&bed.store.arenas(), ".arena.old")[0]).unwrap();
     bed.die(&[]);
     reboot(&bed);
     fs::remove_file(bed.store.arena()).unwrap();
@@ -389,7 +396,9 @@ fn an_image_that_shrank_is_refused_until_its_size_is_back() {
     let modified = image.metadata().unwrap().modified().unwrap();
     image.set_len(2040 * 512).unwrap();
     image.set_modified(modified).unwrap();
-    bed.replays(&[]);
+    let said = bed.refused(&[]);
+    assert!(said.contains("changed by someone else"), "{said}");
+    bed.replays(&["--replay-arena"]);
 }
 
 #[test]
@@ -471,9 +480,12 @@ fn another_run_dir_or_another_size_of_the_cache_changes_nothing() {
     // And the way back, with a new one in both places meanwhile.
     fs::write(bed.store.image(), vec![0; 4096 * 512]).unwrap();
     bed.die(&["--run-dir", other]);
-    assert_eq!(files(bed.store.run(), ""), [] as [PathBuf; 0]);
+    assert_eq!(files(&bed.store.arenas(), ""), [] as [PathBuf; 0]);
     bed.replays(&[]);
-    assert_eq!(files(Path::new(other), ""), [] as [PathBuf; 0]);
+    assert_eq!(
+        files(&Path::new(other).join("arena"), ""),
+        [] as [PathBuf; 0]
+    );
 }
 
 #[test]
@@ -543,7 +555,9 @@ fn a_restart_long_after_a_death_and_after_refusals_is_no_stranger() {
     // As if it had been an hour ago.
     let hour = Duration::from_secs(3600);
     let words = Words::of(&bed.store.arena());
-    words.set(11, words.get(11) - hour.as_nanos() as u64);
+    for word in [HEARTBEAT, SEEN[0]] {
+        words.set(word, words.get(word) - hour.as_nanos() as u64);
+    }
     let image = File::options().write(true).open(bed.store.image()).unwrap();
     let modified = image.metadata().unwrap().modified().unwrap();
     image.set_modified(modified - hour).unwrap();
@@ -581,7 +595,9 @@ fn a_replay_that_was_killed_is_done_again() {
         client.write_many(1020, &data(40)[20 * 512..]).unwrap();
         target.kill().unwrap();
         let words = Words::of(&bed.store.arena());
-        words.set(11, words.get(11) - hour.as_nanos() as u64);
+        for word in [HEARTBEAT, SEEN[0]] {
+            words.set(word, words.get(word) - hour.as_nanos() as u64);
+        }
         let modified = image.metadata().unwrap().modified().unwrap();
         image.set_modified(modified - hour).unwrap();
         let mut killed = Spawn::new("strace")
@@ -676,9 +692,11 @@ fn two_windows_of_an_image_do_not_hinder_each_other() {
             .unwrap();
         low.kill().unwrap();
         // That was an hour ago. The other goes on.
-        let arenas = files(bed.store.run(), "-0.arena");
+        let arenas = files(&bed.store.arenas(), "-0.arena");
         let words = Words::of(&arenas[0]);
-        words.set(11, words.get(11) - 3_600_000_000_000);
+        for word in [HEARTBEAT, SEEN[0]] {
+            words.set(word, words.get(word) - 3_600_000_000_000);
+        }
         let mut other = client(&bed.wire.peer, 2);
         other.write_many(0, &high_data).unwrap();
         other.flush().unwrap();
@@ -761,13 +779,8 @@ fn without_a_place_for_the_arena_writes_go_through() {
     }
     let (bed, full) = (Bed::new(), Memory::new("256K"));
     full.fill();
-    let file = bed.store.path().join("file");
-    fs::write(&file, "in the way").unwrap();
-    let below = file.join("run");
-    for (n, place) in [below.to_str().unwrap(), full.path()]
-        .into_iter()
-        .enumerate()
-    {
+    // Nothing can be made in /proc.
+    for (n, place) in ["/proc/aoede", full.path()].into_iter().enumerate() {
         let mut target = bed.start(&["--run-dir", place]);
         let output = said(&mut target, "writes go through");
         assert!(
@@ -813,5 +826,328 @@ fn in_little_memory_the_cache_is_smaller_and_there_is_no_sigbus() {
     let target = bed.start(&options);
     assert!(fs::read(bed.store.image()).unwrap() == all);
     stop(target);
-    assert_eq!(files(Path::new(memory.path()), ""), [] as [PathBuf; 0]);
+    assert_eq!(
+        files(&Path::new(memory.path()).join("arena"), ""),
+        [] as [PathBuf; 0]
+    );
+}
+
+#[test]
+fn a_run_directory_that_is_a_file_or_of_another_user_is_refused() {
+    if !lab::require("run directories that are refused", &[Need::Network]) {
+        return;
+    }
+    let bed = Bed::new();
+    let file = bed.store.path().join("file");
+    fs::write(&file, "in the way").unwrap();
+    let (other, link) = (in_memory(), bed.store.path().join("link"));
+    std::os::unix::fs::symlink(other.path(), &link).unwrap();
+    for (place, why) in [
+        (file.clone(), "no directory"),
+        (file.join("run"), "no directory"),
+        (link, "no directory"),
+    ] {
+        let said = bed.refused(&["--run-dir", place.to_str().unwrap()]);
+        assert!(said.contains(why) && said.contains("--run-dir"), "{said}");
+    }
+    chown(other.path(), Some(65534), None).unwrap();
+    let said = bed.refused(&["--run-dir", other.path().to_str().unwrap()]);
+    assert!(said.contains("belongs to user 65534"), "{said}");
+    chown(other.path(), Some(0), None).unwrap();
+    let below = other.path().join("arena");
+    fs::create_dir(&below).unwrap();
+    chown(&below, Some(65534), None).unwrap();
+    let said = bed.refused(&["--run-dir", other.path().to_str().unwrap()]);
+    assert!(said.contains("belongs to user 65534"), "{said}");
+    assert_eq!(fs::read(&file).unwrap(), b"in the way");
+}
+
+#[test]
+fn nobody_else_reads_what_hosts_write() {
+    if !lab::require("permissions of arenas", &[Need::Network]) {
+        return;
+    }
+    let bed = Bed::new();
+    let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o777;
+    bed.die(&[]);
+    assert_eq!(mode(&bed.store.arenas()), 0o700);
+    assert_eq!(mode(&bed.store.arena()), 0o600);
+    // As another program may have left them.
+    fs::set_permissions(bed.store.arenas(), Permissions::from_mode(0o755)).unwrap();
+    fs::set_permissions(bed.store.arena(), Permissions::from_mode(0o644)).unwrap();
+    let mut target = bed.start(&[]);
+    said(&mut target, "0755 narrowed to 0700");
+    said(&mut target, "0644 narrowed to 0600");
+    bed.whole();
+    assert_eq!(mode(&bed.store.arenas()), 0o700);
+    stop(target);
+}
+
+#[test]
+fn an_image_that_was_restored_is_not_written_over() {
+    if !lab::require("image restored with its old times", &[Need::Network]) {
+        return;
+    }
+    let bed = Bed::new();
+    let backup = bed.store.path().join("backup.img");
+    fs::write(&backup, vec![7; 4096 * 512]).unwrap();
+    let old = SystemTime::now() - Duration::from_secs(86_400);
+    let file = File::options().write(true).open(&backup).unwrap();
+    file.set_modified(old).unwrap();
+    bed.die(&[]);
+    // The inode stays, and the time of the last change goes back.
+    sh(&format!(
+        "cp -p {} {}",
+        backup.display(),
+        bed.store.image().display()
+    ));
+    let restored = fs::read(&backup).unwrap();
+    for _ in 0..2 {
+        let said = bed.refused(&[]);
+        assert!(said.contains("changed by someone else"), "{said}");
+        assert!(said.contains("--replay-arena") && said.contains("--discard-arena"));
+        assert!(fs::read(bed.store.image()).unwrap() == restored);
+    }
+    let target = bed.start(&["--replay-arena"]);
+    assert!(bed.store.sectors(1000, 40) == data(40));
+    assert!(bed.store.sectors(0, 1000) == restored[..1000 * 512]);
+    stop(target);
+    bed.nothing_left();
+}
+
+#[test]
+fn other_permissions_are_no_other_content() {
+    if !lab::require("permissions changed meanwhile", &[Need::Network]) {
+        return;
+    }
+    let bed = Bed::new();
+    bed.die(&[]);
+    fs::set_permissions(bed.store.image(), Permissions::from_mode(0o640)).unwrap();
+    let mut target = bed.start(&[]);
+    said(&mut target, "permissions of the image were changed");
+    bed.whole();
+    stop(target);
+}
+
+#[test]
+fn another_file_under_the_path_is_a_doubt() {
+    if !lab::require("another file under the path of the image", &[Need::Network]) {
+        return;
+    }
+    let bed = Bed::new();
+    bed.die(&[]);
+    let moved = bed.store.path().join("moved.img");
+    fs::rename(bed.store.image(), &moved).unwrap();
+    fs::write(bed.store.image(), vec![0; 4096 * 512]).unwrap();
+    let said = bed.refused(&[]);
+    assert!(said.contains("another file was put in its place"), "{said}");
+    let inode = |path: &Path| format!("inode {}", fs::metadata(path).unwrap().ino());
+    // Both sides are named.
+    assert!(
+        said.contains(&inode(&moved)) && said.contains(&inode(&bed.store.image())),
+        "{said}"
+    );
+    assert!(said.contains("--replay-arena") && said.contains("--discard-arena"));
+    assert!(bed.untouched());
+    // The right one under its new name.
+    fs::remove_file(bed.store.image()).unwrap();
+    fs::rename(&moved, bed.store.image()).unwrap();
+    bed.replays(&[]);
+}
+
+#[test]
+fn an_arena_whose_image_is_nowhere_is_named() {
+    if !lab::require("an arena of an image that is gone", &[Need::Network]) {
+        return;
+    }
+    let bed = Bed::new();
+    bed.die(&[]);
+    let (arena, gone) = (bed.store.arena(), bed.store.path().join("gone.img"));
+    fs::rename(bed.store.image(), &gone).unwrap();
+    let other = bed.store.path().join("other.img");
+    fs::write(&other, vec![0; 4096 * 512]).unwrap();
+    let serve_other = || {
+        let mut process = Spawn::new(AOEDE)
+            .inside(&bed.wire.host)
+            .args(Bed::options(&[]))
+            .args(["1", "1", "tgt0"])
+            .arg(&other)
+            .arg("--state-dir")
+            .arg(bed.store.state())
+            .arg("--run-dir")
+            .arg(bed.store.run())
+            .start()
+            .unwrap();
+        let up = process.wait_for_line(": e1.1, ", Deadline::seconds(20));
+        up.unwrap();
+        process
+    };
+    let mut target = serve_other();
+    let output = said(
+        &mut target,
+        "40 acknowledged sectors of an image that is not there now",
+    );
+    assert!(output.contains(arena.to_str().unwrap()), "{output}");
+    assert!(
+        output.contains(bed.store.image().to_str().unwrap()),
+        "{output}"
+    );
+    stop(target);
+    // In sight again, it is nobody else's business.
+    fs::rename(&gone, bed.store.image()).unwrap();
+    let output = stop(serve_other()).join("\n");
+    assert!(!output.contains("not there now"), "{output}");
+    bed.replays(&[]);
+}
+
+#[test]
+fn two_windows_that_died_are_both_replayed() {
+    if !lab::require("two dead windows of an image", &[Need::Network]) {
+        return;
+    }
+    let bed = Bed::new();
+    let mut low = window(&bed, "1", &["-l", "2048"]);
+    let mut high = window(&bed, "2", &["-o", "2048"]);
+    client(&bed.wire.peer, 1)
+        .write_many(1000, &data(40))
+        .unwrap();
+    client(&bed.wire.peer, 2).write_many(5, &data(10)).unwrap();
+    low.kill().unwrap();
+    high.kill().unwrap();
+    assert!(bed.untouched());
+    // Long ago: what one replays must not be a stranger's change to the other.
+    for arena in files(&bed.store.arenas(), ".arena") {
+        let words = Words::of(&arena);
+        words.set(HEARTBEAT, words.get(HEARTBEAT) - 3_600_000_000_000);
+    }
+    let low = window(&bed, "1", &["-l", "2048"]);
+    assert!(bed.store.sectors(1000, 40) == data(40));
+    let high = window(&bed, "2", &["-o", "2048"]);
+    assert!(bed.store.sectors(2053, 10) == data(10));
+    stop(low);
+    stop(high);
+    bed.nothing_left();
+}
+
+/// A loop device over a file, under a number of our choice or the next free.
+fn attach(path: &Path, device: Option<&Path>) -> PathBuf {
+    let name = device.map_or("--find".to_owned(), |d| d.display().to_string());
+    let show = if device.is_some() { "" } else { "--show" };
+    let shown = sh(&format!("losetup {show} {name} {}", path.display()));
+    device.map_or_else(|| PathBuf::from(shown.trim()), Path::to_owned)
+}
+
+fn detach(device: &Path) {
+    sh(&format!("losetup -d {}", device.display()));
+    // The kernel lets go of it when the last one who has it open does.
+    let file = format!(
+        "/sys/block/{}/loop/backing_file",
+        device.file_name().unwrap().to_str().unwrap()
+    );
+    let free = || !Path::new(&file).exists();
+    lab::wait_until("the loop device is free", Deadline::seconds(10), free).unwrap();
+}
+
+#[test]
+fn a_device_is_known_by_what_is_behind_it_and_not_by_its_number() {
+    if !lab::require("loop devices that change their numbers", &Loop::NEEDS) {
+        return;
+    }
+    let bed = Bed::new();
+    let (first, second) = (bed.store.image(), bed.store.path().join("second.img"));
+    fs::write(&second, vec![7; 4096 * 512]).unwrap();
+    let command = |device: &Path| {
+        Spawn::new(AOEDE)
+            .inside(&bed.wire.host)
+            .args(Bed::options(&[]))
+            .args(["1", "1", "tgt0"])
+            .arg(device)
+            .arg("--state-dir")
+            .arg(bed.store.state())
+            .arg("--run-dir")
+            .arg(bed.store.run())
+    };
+    let serve = |device: &Path| {
+        let mut process = command(device).start().unwrap();
+        let up = process.wait_for_line(": e1.1, ", Deadline::seconds(20));
+        up.unwrap();
+        process
+    };
+    let device = attach(&first, None);
+    let mut target = serve(&device);
+    bed.wire.client().write_many(1000, &data(40)).unwrap();
+    target.kill().unwrap();
+    detach(&device);
+    assert!(bed.untouched());
+    // Another disk under that number: not a byte of it changes, and what waits is
+    // named.
+    attach(&second, Some(&device));
+    let mut target = serve(&device);
+    let output = said(
+        &mut target,
+        "40 acknowledged sectors of an image that is not there now",
+    );
+    assert!(output.contains("loop device"), "{output}");
+    stop(target);
+    detach(&device);
+    assert!(fs::read(&second).unwrap() == vec![7; 4096 * 512]);
+    // The first one under another number.
+    attach(&second, Some(&device));
+    let other = attach(&first, None);
+    assert_ne!(other, device);
+    let target = serve(&other);
+    bed.whole();
+    stop(target);
+    detach(&other);
+    detach(&device);
+    bed.whole();
+    bed.nothing_left();
+}
+
+#[test]
+fn a_device_with_another_content_at_its_ends_is_refused() {
+    if !lab::require("a device that someone else wrote", &Loop::NEEDS) {
+        return;
+    }
+    let bed = Bed::new();
+    let device = Loop::new(&bed.store.image(), 512);
+    let command = |extra: &[&str]| {
+        Spawn::new(AOEDE)
+            .inside(&bed.wire.host)
+            .args(Bed::options(extra))
+            .args(["1", "1", "tgt0"])
+            .arg(&device.path)
+            .arg("--state-dir")
+            .arg(bed.store.state())
+            .arg("--run-dir")
+            .arg(bed.store.run())
+    };
+    let serve = |extra: &[&str]| {
+        let mut process = command(extra).start().unwrap();
+        let up = process.wait_for_line(": e1.1, ", Deadline::seconds(20));
+        up.unwrap();
+        process
+    };
+    let mut target = serve(&[]);
+    let mut client = bed.wire.client();
+    client.write_many(1000, &data(40)).unwrap();
+    // What it writes itself is no stranger's.
+    client.flush().unwrap();
+    client.write_many(2000, &data(40)).unwrap();
+    target.kill().unwrap();
+    let sectors = |lba: u64| {
+        let mut bytes = vec![0; 512];
+        let file = File::open(&device.path).unwrap();
+        file.read_exact_at(&mut bytes, lba * 512).unwrap();
+        bytes
+    };
+    let written = File::options().write(true).open(&device.path).unwrap();
+    written.write_all_at(&[5; 512], 3 * 512).unwrap();
+    drop(written);
+    let said = refused(command(&[]));
+    assert!(said.contains("changed by someone else"), "{said}");
+    assert_eq!(sectors(2000), [0; 512]);
+    let target = serve(&["--replay-arena"]);
+    assert_eq!((sectors(3), sectors(2000)), (vec![5; 512], data(1)));
+    stop(target);
 }

@@ -118,7 +118,7 @@ impl Bed {
         let bytes = fs::read(self.store.image()).unwrap();
         engine.model().unwrap().check_now(0, &bytes).unwrap();
         assert!(bytes[..3 * 512].iter().all(|byte| *byte == 0));
-        assert_eq!(files(self.store.run(), ""), [] as [PathBuf; 0]);
+        assert_eq!(files(&self.store.arenas(), ""), [] as [PathBuf; 0]);
         said
     }
 }

@@ -60,9 +60,14 @@ impl Store {
         self.run.path()
     }
 
+    /// The directory of the arenas in it.
+    pub fn arenas(&self) -> PathBuf {
+        self.run().join("arena")
+    }
+
     /// The arena that is in the run directory, the only one.
     pub fn arena(&self) -> PathBuf {
-        only(self.run(), ".arena")
+        only(&self.arenas(), ".arena")
     }
 
     /// The record of it.

@@ -232,6 +232,20 @@ impl Facts {
         }
     }
 
+    /// The words in hexadecimal, with spaces between, as records keep them.
+    pub fn to_text(&self) -> String {
+        self.to_words().map(|word| format!("{word:x}")).join(" ")
+    }
+
+    /// The facts that [`to_text`](Facts::to_text) wrote.
+    pub fn from_text(text: &str) -> Option<Facts> {
+        let words: Option<Vec<u64>> = text
+            .split(' ')
+            .map(|word| u64::from_str_radix(word, 16).ok())
+            .collect();
+        Facts::from_words(<[u64; WORDS]>::try_from(words?).ok()?)
+    }
+
     /// Whether the image that these facts were noted of is the one that has the
     /// facts `now`. `same_boot` says that they were noted in this boot, so that
     /// device numbers of then still mean something.
@@ -613,8 +627,13 @@ mod tests {
             Facts::Device(DISK),
         ] {
             assert_eq!(Facts::from_words(facts.to_words()), Some(facts));
+            assert_eq!(Facts::from_text(&facts.to_text()), Some(facts));
         }
         assert_eq!(Facts::from_words([4; WORDS]), None);
+        let long = format!("{} 1", Facts::File(FILE).to_text());
+        for bad in ["", "1 2", "x", &long] {
+            assert_eq!(Facts::from_text(bad), None, "{bad:?}");
+        }
     }
 
     #[test]

@@ -153,6 +153,8 @@ pub struct Cache {
     epochs: Epochs,
     /// Blocks lately missed; one that is missed again is worth a slot.
     ghosts: Vec<u64>,
+    /// Whether no room was taken since it was given back last.
+    is_released: bool,
 }
 
 /// One block's part of an extent.
@@ -216,7 +218,8 @@ impl Cache {
             hot: vec![Hot::default(); count as usize],
             referenced: vec![false; count as usize],
             index: Index::new(count),
-            free: (0..count).rev().collect(),
+            free: arena.with_room().flatten().rev().collect(),
+            is_released: true,
             limbo: Vec::new(),
             hand: 0,
             queues: [Queue::default(); 2],
@@ -252,7 +255,11 @@ impl Cache {
 
     /// No more slots than these may be dirty from now on.
     pub fn limit_dirty(&mut self, slots: u32) {
-        self.dirty_max = slots.clamp(1, self.arena.count());
+        // Where less room was to be had than was asked for, some stays for what
+        // is clean and for new versions.
+        let (usable, all) = (self.arena.usable(), self.arena.count());
+        let most = if usable < all { usable / 4 * 3 } else { all };
+        self.dirty_max = slots.clamp(1, most.max(1));
     }
 
     /// Slots with dirty sectors, and how many there may be.
@@ -262,7 +269,51 @@ impl Cache {
 
     /// How many slots there are.
     pub fn slots(&self) -> u32 {
-        self.arena.count()
+        self.arena.usable()
+    }
+
+    /// Whether all room that could be given back was.
+    pub fn is_released(&self) -> bool {
+        self.is_released
+    }
+
+    /// Gives the room of slots back that hold nothing but clean blocks, a step of
+    /// the arena at a time.
+    pub fn release_idle(&mut self) {
+        self.is_released = true;
+        for step in self.arena.steps().rev() {
+            let slots = self.arena.slots_of(step);
+            let is_idle = |slot: u32| {
+                let meta = &self.meta[slot as usize];
+                let state = matches!(meta.state, State::Free | State::Clean);
+                let is_needed = meta.holds > 0 || (meta.present && meta.waits);
+                state && !is_needed && !self.arena.is_lent(slot)
+            };
+            if !slots.clone().all(is_idle) || !self.arena.give_back(step) {
+                continue;
+            }
+            for slot in slots.clone() {
+                let meta = &mut self.meta[slot as usize];
+                if meta.state == State::Clean {
+                    meta.state = State::Free;
+                    meta.present = false;
+                    self.index.remove(meta.block, slot);
+                }
+            }
+            self.free.retain(|slot| !slots.contains(slot));
+            self.limbo.retain(|slot| !slots.contains(slot));
+        }
+    }
+
+    /// A slot of the next step, if there is room for one more.
+    fn grow(&mut self) -> Option<u32> {
+        let Some(slots) = self.arena.grow() else {
+            self.limit_dirty(self.dirty_max);
+            return None;
+        };
+        self.is_released = false;
+        self.free.extend(slots.rev());
+        self.free.pop()
     }
 
     /// The whole blocks around an extent.
@@ -467,7 +518,9 @@ impl Cache {
 
     /// Says which sectors of which block a slot holds.
     fn fill_slot(&mut self, slot: u32, block: u64, valid: u64) {
-        self.meta[slot as usize].block = block;
+        let meta = &mut self.meta[slot as usize];
+        meta.block = block;
+        meta.waits = false;
         self.hot[slot as usize] = Hot { block, valid };
     }
 
@@ -554,6 +607,8 @@ impl Cache {
             // Its record stays with the sync that will cover it.
             State::Written | State::Clean | State::Free => {
                 self.make_dirty(fresh, dirty, now);
+                // One that was cut off may be done before an older one of its block.
+                self.meta[fresh as usize].waits = before.waits;
                 self.arena.retire(old);
                 self.replace(block, old, fresh);
                 self.dirty -= u32::from(before.state == State::Written);
@@ -573,7 +628,6 @@ impl Cache {
         let meta = &mut self.meta[slot as usize];
         meta.epoch = epoch;
         meta.state = State::Dirty;
-        meta.waits = false;
     }
 
     fn publish(&mut self, slot: u32, dirty: u64) {
@@ -606,7 +660,7 @@ impl Cache {
             hot.valid &= !piece.mask();
             // A read of other sectors of the block may hold it; then it goes when
             // its slot is wanted.
-            if hot.valid == 0 && meta.holds == 0 {
+            if hot.valid == 0 && meta.holds == 0 && !meta.waits {
                 self.index.remove(piece.block, slot);
                 self.release(slot);
             }
@@ -623,11 +677,15 @@ impl Cache {
         if let Some(at) = self.limbo.iter().position(|slot| !arena.is_lent(*slot)) {
             return Some(self.limbo.swap_remove(at));
         }
+        if let Some(slot) = self.grow() {
+            return Some(slot);
+        }
         for _ in 0..2 * self.meta.len() {
             let slot = self.hand;
             self.hand = (self.hand + 1) % self.arena.count();
             let meta = &mut self.meta[slot as usize];
-            if meta.state != State::Clean || meta.guard == self.operation || meta.holds > 0 {
+            let is_needed = meta.guard == self.operation || meta.holds > 0 || meta.waits;
+            if meta.state != State::Clean || is_needed {
                 continue;
             }
             if std::mem::take(&mut self.referenced[slot as usize]) {

@@ -17,7 +17,7 @@ impl Cache {
         debug_assert!(!self.generations.draining);
         self.wanted.retain(|extent| extent.end() <= end);
         let mut dropped = 0;
-        for slot in 0..self.slots() {
+        for slot in 0..self.meta.len() as u32 {
             let meta = &self.meta[slot as usize];
             let kept = end.0.saturating_sub(meta.block * self.sectors);
             if meta.state == State::Free || kept >= self.sectors {

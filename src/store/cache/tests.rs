@@ -518,11 +518,9 @@ fn a_look_after_every_store_finds_all_that_was_acknowledged() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("a.arena");
         let id = ImageId {
-            device: 0,
-            inode: 0,
-            birth: 0,
             start: 0,
             len: SECTORS * 512,
+            ..ImageId::default()
         };
         let arena = Arena::create(&path, [0; 2], &id, BLOCK, 12).unwrap();
         let medium = Rc::new(RefCell::new(vec![0; SECTORS as usize * 512]));
@@ -542,7 +540,7 @@ fn a_look_after_every_store_finds_all_that_was_acknowledged() {
         let (seen, under) = (Rc::clone(&sectors), Rc::clone(&medium));
         let look = move || {
             let mut bytes = under.borrow().clone();
-            let old = OldArena::open(&path).unwrap();
+            let old = OldArena::look(&path).unwrap();
             old.replay(|_, at, data| {
                 bytes[at as usize..at as usize + data.len()].copy_from_slice(data);
                 Ok::<(), ()>(())
@@ -607,11 +605,9 @@ fn writer() {
         .unwrap();
     let seed = std::process::id().into();
     let id = ImageId {
-        device: 0,
-        inode: 0,
-        birth: 0,
         start: 0,
         len: SECTORS * 512,
+        ..ImageId::default()
     };
     let arena = Arena::create(&folder.join("a.arena"), [seed, 0], &id, BLOCK, 12).unwrap();
     let disk = |data: &mut Vec<u8>, at: u64, write: bool| {
@@ -691,7 +687,7 @@ fn watch(writer: &Writer, folder: &Path, progress: &Slots) {
             }
             counted = acked;
             let mut bytes = std::fs::read(folder.join("image")).unwrap();
-            let old = OldArena::open(&folder.join("a.arena")).unwrap();
+            let old = OldArena::look(&folder.join("a.arena")).unwrap();
             old.replay(|_, at, data| {
                 bytes[at as usize..at as usize + data.len()].copy_from_slice(data);
                 Ok::<(), ()>(())

@@ -5,6 +5,7 @@ use std::io;
 use std::path::PathBuf;
 
 use super::super::arena::ArenaTrouble;
+use super::super::run_dir::RunDirError;
 
 /// Why a start is refused.
 #[derive(Debug)]
@@ -16,6 +17,8 @@ pub struct RecoverError {
 /// What stands in the way of bringing an arena to its image.
 #[derive(Debug)]
 pub enum RecoverTrouble {
+    /// The run directory must not be trusted.
+    RunDir(RunDirError),
     /// The record, or the directory of records, cannot be read.
     Record(String),
     /// The record names it, and it is not there.
@@ -24,16 +27,51 @@ pub enum RecoverTrouble {
     Arena(ArenaTrouble),
     /// It belongs to another image.
     OtherImage,
+    /// It may belong to this image; both sides in words.
+    Doubt {
+        /// Why that is not certain.
+        why: &'static str,
+        /// The image that the arena is of.
+        then: String,
+        /// The image that is to be served.
+        now: String,
+    },
     /// The image is smaller than what it holds.
     Shrunk,
     /// Someone changed the image after the arena's process had died.
     Changed,
-    /// Another process serves a part of its window.
+    /// The process that it is of lives, or another one serves a part of its
+    /// exported range.
     InUse,
+    /// The image is open for reading only.
+    ReadOnly,
     /// The image does not take it.
     Replay(io::Error),
     /// Image and shadow do not take it.
     ReplayFrozen(io::Error),
+    /// The image does not take so many sectors.
+    TooManyBad(u64),
+}
+
+impl RecoverTrouble {
+    /// Whether `--discard-arena` is a remedy.
+    pub(super) fn can_be_discarded(&self) -> bool {
+        match self {
+            RecoverTrouble::Gone
+            | RecoverTrouble::Arena(_)
+            | RecoverTrouble::OtherImage
+            | RecoverTrouble::Doubt { .. }
+            | RecoverTrouble::Shrunk
+            | RecoverTrouble::Changed => true,
+            RecoverTrouble::RunDir(_)
+            | RecoverTrouble::Record(_)
+            | RecoverTrouble::InUse
+            | RecoverTrouble::ReadOnly
+            | RecoverTrouble::Replay(_)
+            | RecoverTrouble::ReplayFrozen(_)
+            | RecoverTrouble::TooManyBad(_) => false,
+        }
+    }
 }
 
 impl fmt::Display for RecoverError {
@@ -41,6 +79,7 @@ impl fmt::Display for RecoverError {
         let path = self.path.display();
         let give_up = "--discard-arena gives up the writes in it";
         match &self.why {
+            RecoverTrouble::RunDir(e) => write!(f, "{e}"),
             RecoverTrouble::Record(what) => write!(f, "arena record {path}: {what}"),
             RecoverTrouble::Gone => write!(
                 f,
@@ -54,6 +93,12 @@ impl fmt::Display for RecoverError {
                     "arena {path} belongs to another image; name another --run-dir, or {give_up}"
                 )
             }
+            RecoverTrouble::Doubt { why, then, now } => write!(
+                f,
+                "arena {path} holds acknowledged writes, and it is not certain that they belong to \
+                 this image: {why}; they are of {then}; this is {now}; --replay-arena says that it \
+                 is the right image, {give_up}"
+            ),
             RecoverTrouble::Shrunk => write!(
                 f,
                 "arena {path} holds writes past the end of the image, which is smaller now; \
@@ -62,11 +107,17 @@ impl fmt::Display for RecoverError {
             RecoverTrouble::Changed => write!(
                 f,
                 "arena {path}: the image was changed by someone else after the target died, and \
-                 the writes in the arena would land over that; {give_up}"
+                 the writes in the arena would land over that; --replay-arena says that the image \
+                 is the right one, {give_up}"
             ),
             RecoverTrouble::InUse => write!(
                 f,
                 "arena {path}: another process serves a part of its window; stop that one first"
+            ),
+            RecoverTrouble::ReadOnly => write!(
+                f,
+                "arena {path}: the image does not take what it holds: it is open read-only; start \
+                 it once without -r; it is kept"
             ),
             RecoverTrouble::Replay(e) => {
                 write!(
@@ -77,6 +128,11 @@ impl fmt::Display for RecoverError {
             RecoverTrouble::ReplayFrozen(e) => write!(
                 f,
                 "arena {path}: the image and its shadow do not take what it holds: {e}; it is kept"
+            ),
+            RecoverTrouble::TooManyBad(sectors) => write!(
+                f,
+                "arena {path}: the image does not take {sectors} of its sectors, which is more than \
+                 the cache may hold back; it is kept; replace the disk"
             ),
         }
     }

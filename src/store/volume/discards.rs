@@ -95,9 +95,17 @@ impl Volume {
             }
             None => {
                 let ranges = extents.iter().map(|e| (e.byte_start(), e.byte_len()));
-                self.disk.submit(DISCARD, Job::Discard(ranges.collect()));
+                let ranges = ranges.collect();
+                self.submit_discard(ranges);
             }
         }
+    }
+
+    pub(super) fn submit_discard(&mut self, ranges: Vec<(u64, u64)>) {
+        for (at, len) in &ranges {
+            self.cache.arena().write_begins(*at, *len);
+        }
+        self.disk.submit(DISCARD, Job::Discard(ranges));
     }
 
     /// Excludes reads of what is about to be discarded; `false` as long as some

@@ -11,9 +11,9 @@ use std::time::{Duration, Instant};
 
 use shadow::{Chunk, Extent};
 
+use super::Volume;
 use super::reads::{AHEAD_STEP, Fill};
 use super::writes::ParkedWrite;
-use super::{DISCARD, Job, Volume};
 use crate::freeze::OnStop;
 
 /// Without a request for so long the merge takes what it can get.
@@ -221,7 +221,7 @@ impl Volume {
             self.discard_ended(false, now);
         } else if self.begin_discarding(&extents) {
             let ranges = extents.iter().map(|e| (e.byte_start(), e.byte_len()));
-            self.disk.submit(DISCARD, Job::Discard(ranges.collect()));
+            self.submit_discard(ranges.collect());
         }
     }
 

@@ -399,11 +399,9 @@ impl Model {
 
 fn arena(path: &Path, slots: u32, start: u64) -> Arena {
     let image = ImageId {
-        device: 0,
-        inode: 0,
-        birth: 0,
         start,
         len: SECTORS * 512,
+        ..ImageId::default()
     };
     Arena::create(path, [1, 1], &image, 4096, slots).unwrap()
 }

@@ -103,7 +103,7 @@ pub fn merge(args: &Args) -> Result<ExitCode, Trouble> {
     };
     work.begin(&path)?;
     let mut bar = Bar::new(data + zeros);
-    let merged = work.run(&image, &mut bar);
+    let merged = work.run(&image, &args.state_dir, &mut bar);
     drop(bar);
     merged.map_err(|why| MergeError {
         shadow: work.paths.shadow.clone(),
@@ -140,7 +140,7 @@ impl Work {
         })
     }
 
-    fn run(&mut self, image: &Image, bar: &mut Bar) -> io::Result<()> {
+    fn run(&mut self, image: &Image, state_dir: &Path, bar: &mut Bar) -> io::Result<()> {
         self.shadow.confirm()?;
         if self.shadow.state() != State::Thawing {
             self.shadow.set_state(State::Thawing)?;
@@ -149,6 +149,7 @@ impl Work {
         loop {
             let progress = self.shadow.merge(&image.file, BUDGET)?;
             merged += progress.merged;
+            records::tell_arenas(state_dir, image);
             bar.at(merged);
             if progress.left_chunks == 0 {
                 break;

@@ -10,7 +10,8 @@ use std::path::{Path, PathBuf};
 use std::time::UNIX_EPOCH;
 
 use shadow::paths::remove;
-use shadow::{Found, Geometry, Identity, Kind};
+use shadow::stamp::{Stamp, tell};
+use shadow::{Facts, Found, Geometry, Identity, Kind, Verdict};
 
 use crate::Trouble;
 use crate::image::Image;
@@ -91,7 +92,8 @@ fn parse(text: &str) -> Option<HashMap<&str, String>> {
         let (key, value) = line.split_once('=')?;
         values.insert(key.trim(), unquote(value.trim())?);
     }
-    (values.get("version").map(String::as_str) == Some("1")).then_some(values)
+    let version = values.get("version").map(String::as_str);
+    matches!(version, Some("1" | "2")).then_some(values)
 }
 
 /// A TOML value of one line: a number, 'as it is' or "with escapes".
@@ -155,10 +157,16 @@ pub fn no_arena(
         let values = parse(&text).ok_or_else(unreadable)?;
         let number = |key: &str| u64::from_str_radix(values.get(key)?, 16).ok();
         let read = || {
+            let origin = match values.get("facts") {
+                Some(facts) => Origin::Facts(Facts::from_text(facts)?),
+                None => Origin::V1 {
+                    device: number("device")?,
+                    inode: number("inode")?,
+                    birth: number("birth")?,
+                },
+            };
             let of = Arena {
-                device: number("device")?,
-                inode: number("inode")?,
-                birth: number("birth")?,
+                origin,
                 start: number("start")?,
                 len: number("len")?,
             };
@@ -188,34 +196,85 @@ pub fn no_arena(
     Ok(())
 }
 
+/// By what a record names the image of its arena.
+enum Origin {
+    Facts(Facts),
+    /// As aoede 0.1.0 did.
+    V1 {
+        device: u64,
+        inode: u64,
+        birth: u64,
+    },
+}
+
 /// Which image and window an arena is of.
 struct Arena {
-    device: u64,
-    inode: u64,
-    birth: u64,
+    origin: Origin,
     start: u64,
     len: u64,
 }
 
 impl Arena {
+    /// Whether it is of this image, or may be.
     fn is_of(&self, image: &Image) -> bool {
+        let (device, inode, birth) = match &self.origin {
+            Origin::Facts(facts) => {
+                return facts.compare(&image.identity.facts, true) != Verdict::Other;
+            }
+            Origin::V1 {
+                device,
+                inode,
+                birth,
+            } => (*device, *inode, *birth),
+        };
         let metadata = &image.metadata;
         if metadata.file_type().is_block_device() {
-            return (self.device, self.inode, self.birth) == (metadata.rdev(), 0, 0);
+            return (device, inode, birth) == (metadata.rdev(), 0, 0);
         }
         let born = metadata.created().ok();
         let since = born.and_then(|t| t.duration_since(UNIX_EPOCH).ok());
-        let birth = since.map_or(0, |t| t.as_nanos() as u64);
-        (self.device, self.inode, self.birth) == (metadata.dev(), metadata.ino(), birth)
+        let now = since.map_or(0, |t| t.as_nanos() as u64);
+        (device, inode, birth) == (metadata.dev(), metadata.ino(), now)
     }
 
-    /// A file is known by less where it is not there.
+    /// Whether it is of the image that the shadow was made for, which may not be
+    /// there; a file is known by less then.
     fn was_of(&self, made_for: &Identity) -> bool {
-        made_for.kind == Kind::File && (self.inode, self.birth) == (made_for.a, made_for.b)
+        match &self.origin {
+            Origin::Facts(facts) if made_for.facts != Facts::Unknown => {
+                facts.compare(&made_for.facts, false) != Verdict::Other
+            }
+            Origin::Facts(Facts::File(file)) => {
+                made_for.kind == Kind::File && (file.inode, file.birth) == (made_for.a, made_for.b)
+            }
+            Origin::Facts(_) => false,
+            Origin::V1 { inode, birth, .. } => {
+                made_for.kind == Kind::File && (*inode, *birth) == (made_for.a, made_for.b)
+            }
+        }
     }
 
     fn overlaps(&self, window: &Geometry) -> bool {
         self.start < window.end() && window.start() < self.start.saturating_add(self.len)
+    }
+}
+
+/// Tells the arenas of the image, those of its other windows, that we have
+/// changed it: their targets must not take that for a stranger's change.
+pub fn tell_arenas(directory: &Path, image: &Image) {
+    let stamp = Stamp::of(&image.file).ok().flatten();
+    let (Some(stamp), Ok(records)) = (stamp, records(directory, ".arena.toml")) else {
+        return;
+    };
+    for (_, text) in records {
+        let Some(values) = parse(&text) else { continue };
+        let facts = values.get("facts").and_then(|text| Facts::from_text(text));
+        let is_ours =
+            facts.is_some_and(|facts| facts.compare(&image.identity.facts, true) == Verdict::Same);
+        if let Some(arena) = values.get("arena").filter(|_| is_ours) {
+            // One that ends just now needs it no more.
+            let _ = tell(Path::new(arena), &stamp);
+        }
     }
 }
 
@@ -265,7 +324,7 @@ mod tests {
         assert_eq!(values["x"], "a\\b");
         for bad in [
             "",
-            "version = 2",
+            "version = 3",
             "version = 1\nx",
             "version = 1\nx = \"a",
             "version = 1\nx = \"\\u12\"",

@@ -193,7 +193,7 @@ impl World {
     }
 
     pub fn left_in_arena(&self) -> u64 {
-        OldArena::open(&self.dir.path().join("arena"))
+        OldArena::look(&self.dir.path().join("arena"))
             .unwrap()
             .sectors()
     }
@@ -212,7 +212,7 @@ impl World {
         let mut shadow = (held.name != Name::None)
             .then(|| Shadow::open(MemoryFile::new(file), len).expect("the shadow opens"));
         if arena {
-            let old = OldArena::open(&self.dir.path().join("arena")).unwrap();
+            let old = OldArena::look(&self.dir.path().join("arena")).unwrap();
             if let Some(shadow) = shadow.as_mut().filter(|_| held.name == Name::Thaw) {
                 seal(shadow).unwrap();
             }
