@@ -4,6 +4,7 @@
 use std::fs::{self, File};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::thread;
 
 use initiator::lab::{self, Deadline, Need, Process, Spawn};
@@ -13,8 +14,8 @@ use nix::unistd::Pid;
 
 use crate::freeze::{data, order, until};
 use crate::rig::QUICK;
-use crate::support::{Store, Wire, serve, stop};
-use crate::workshop::{Lab, Load, Temper};
+use crate::support::{AOEDED, Store, Wire, serve, stop};
+use crate::workshop::{Lab, Load, Loop, Stray, Temper, run, state_of};
 
 const SECTORS: u64 = 4096;
 
@@ -376,4 +377,50 @@ fn the_lock_file_is_made_beside_what_is_there() {
     let mode = fs::metadata(&lock).unwrap().permissions().mode();
     assert_eq!(mode & 0o777, 0o600);
     stop(target);
+}
+
+/// As an administrator starts it, with all paths as they were typed.
+#[test]
+fn a_device_that_a_daemon_serves_is_copied_and_no_other() {
+    if !lab::require("a backup of a block device", &Loop::NEEDS) {
+        return;
+    }
+    let (wire, store) = (Wire::new(1500), Store::new(SECTORS));
+    fs::copy(store.image(), store.path().join("other.img")).unwrap();
+    let device = Loop::new(&store.image(), 512);
+    let other = Loop::new(&store.path().join("other.img"), 512);
+    let stray = Stray::new(&store.path().join("pid"));
+    let mut command = Command::new(AOEDED);
+    command
+        .args(["1", "1", "tgt0", device.path.to_str().unwrap()])
+        .args([
+            "-f",
+            "shadow.img",
+            "--pid-file",
+            "pid",
+            "--state-dir",
+            "state",
+        ])
+        .args(["--run-dir", store.run().to_str().unwrap(), "-s", "-q"])
+        .args(QUICK)
+        .current_dir(store.path());
+    let ended = run(Some(&wire.host), command, Deadline::seconds(20));
+    assert_eq!(ended.code, Some(0), "{ended:?}");
+    wire.client().write_many(5, &data(1, 40)).unwrap();
+    let script = |image: &Loop| {
+        let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("shadow/aoede-backup");
+        let pid = fs::read_to_string(store.path().join("pid")).unwrap();
+        let script = Spawn::new(script).dir(store.path()).arg(pid.trim());
+        let script = script.arg(&image.path).args(["shadow.img", "copy.img"]);
+        script.start().unwrap()
+    };
+    let said = Scene::ended(script(&other), 1);
+    assert!(said.contains("does not serve"), "{said}");
+    Scene::ended(script(&device), 0);
+    let copy = fs::read(store.path().join("copy.img")).unwrap();
+    assert_eq!(copy.len() as u64, SECTORS * 512);
+    assert!(copy[5 * 512..45 * 512] == data(1, 40));
+    let pid = stray.pid().unwrap().as_raw() as u32;
+    stray.signal(Signal::SIGTERM);
+    until("its end", || state_of(pid).is_none());
 }
