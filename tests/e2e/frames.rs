@@ -4,9 +4,11 @@ use aoede::wire::MacAddr;
 use initiator::client::Client;
 use initiator::frame::{Ata, Directive, Frame, Reply, opcode};
 use initiator::lab::{self, Deadline, Need, Spawn, Veth};
+use nix::sys::signal::Signal;
 
 use crate::rig::{QUICK, Rig, SOON, each_engine};
 use crate::support::{AOEDE, Store, Wire, serve, stop};
+use crate::workshop::{ata_replies, trouble};
 
 /// A host that exists only as an address.
 const NOBODY: MacAddr = MacAddr([2, 0, 0, 0, 0xFE, 1]);
@@ -121,6 +123,36 @@ fn unknown_commands_with_huge_counts_do_not_end_the_process() {
                 let reply = rig.ask(&Frame::ata(check, &[]));
                 assert_eq!(outcome(&reply), (0x40, 0, 0xFF));
             }
+        }
+    });
+}
+
+#[test]
+fn a_reply_that_the_kernel_refuses_is_left_out_and_holds_up_no_other() {
+    // A failed send ended the process.
+    let program = Need::Program("strace");
+    if !lab::require("replies that cannot be sent", &[program]) {
+        return;
+    }
+    each_engine("replies that cannot be sent", &[], |rig| {
+        for lba in 0..2 {
+            rig.client.write(lba, &[lba as u8 + 1; 512]).unwrap();
+        }
+        for error in ["EMSGSIZE", "ENOBUFS", "ENETDOWN", "EIO"] {
+            let once = format!("inject=sendmmsg:error={error}:when=1");
+            let failing = trouble(&rig.target, &["trace=sendmmsg", &once]);
+            // Both are found at once, so both are sent at once.
+            rig.target.signal(Signal::SIGSTOP).unwrap();
+            for lba in 0..2 {
+                rig.client.send(&Frame::read(lba, 1)).unwrap();
+            }
+            rig.target.signal(Signal::SIGCONT).unwrap();
+            let replies = ata_replies(&mut rig.client, 1);
+            assert_eq!(replies[0].sectors(1).unwrap(), [2; 512], "{error}");
+            rig.client.config_read().unwrap();
+            rig.nothing_else(None);
+            drop(failing);
+            assert_eq!(rig.client.read(0, 1).unwrap(), [1; 512], "{error}");
         }
     });
 }
@@ -425,7 +457,7 @@ fn numbers_past_their_range_are_refused_and_not_wrapped() {
         ("1", "255"),
         ("-1", "1"),
         ("0x1", "1"),
-        ("1.1", "1"),
+        ("1.1.1", "1"),
     ] {
         refused(&[shelf, slot, "lo"]);
     }
