@@ -89,6 +89,13 @@ pub enum NicTrouble {
     System(&'static str, io::Error),
 }
 
+impl NicError {
+    /// `true` if there is no interface of the name, and there may be one later.
+    pub fn may_come(&self) -> bool {
+        matches!(self.why, NicTrouble::Unknown) && link::is_name(&self.name)
+    }
+}
+
 impl fmt::Display for NicError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "interface {}: ", self.name)?;

@@ -5,8 +5,9 @@ use std::io;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use crate::net::{NicError, NicTrouble, probe::Rival};
+use crate::net::{NicError, probe::Rival};
 use crate::store::{ImageError, RecoverError, ShadowError, StateError};
+use crate::sys::lock::Holder;
 use crate::wire::Address;
 
 /// Why an export cannot begin or must end.
@@ -23,7 +24,7 @@ pub enum ServeError {
     /// Another target answers under our address.
     Rival(Address, Rival),
     /// Another process of this machine has our address on this interface.
-    Claimed(Address, String),
+    Claimed(Address, String, Option<Holder>),
     /// What a target that died has left.
     Recover(RecoverError),
     /// The cache has no room for acknowledged sectors that the image does not
@@ -45,7 +46,7 @@ pub enum ServeError {
 impl fmt::Display for ServeError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            ServeError::Nic(e) if matches!(e.why, NicTrouble::Unknown) => {
+            ServeError::Nic(e) if e.may_come() => {
                 write!(f, "{e}; --wait-for-interfaces starts without it")
             }
             ServeError::Nic(e) => write!(f, "{e}"),
@@ -62,11 +63,18 @@ impl fmt::Display for ServeError {
                 "{address} is taken: {mac} answers under it on {nic}, and initiators would take \
                  both for one disk; choose another shelf or slot (--shared-address serves anyway)"
             ),
-            ServeError::Claimed(address, nic) => write!(
-                f,
-                "{address} is taken: another process of this machine serves it on {nic}; choose \
-                 another shelf or slot (--shared-address serves anyway)"
-            ),
+            ServeError::Claimed(address, nic, holder) => {
+                write!(f, "{address} is taken: ")?;
+                match holder {
+                    Some(holder) => write!(f, "{holder}")?,
+                    None => f.write_str("another process")?,
+                }
+                write!(
+                    f,
+                    " of this machine serves it on {nic}; choose another shelf or slot \
+                     (--shared-address serves anyway)"
+                )
+            }
             ServeError::Recover(e) => write!(f, "{e}"),
             ServeError::CacheTooSmall => f.write_str(
                 "cache_size is too small for the acknowledged sectors that the image does not \

@@ -5,6 +5,7 @@
 //! the order the kernel stamped them, a bounded number at a time, then what the
 //! disk has finished, then sends all replies.
 
+mod claim;
 mod error;
 mod open;
 mod report;
@@ -26,6 +27,7 @@ use crate::target::{Action, Target};
 use crate::text::count;
 use crate::wire::{Address, MacAddr, sectors_per_frame};
 
+use claim::Claim;
 pub use error::ServeError;
 use report::Report;
 use wait::Wait;
@@ -65,7 +67,7 @@ pub struct Export {
     watch: LinkWatch,
     wait: Wait,
     /// Kept as long as the address is ours on this machine.
-    _claims: Vec<std::os::unix::net::UnixDatagram>,
+    _claims: Vec<Claim>,
     rival_logged: Option<Instant>,
     report: Report,
 }

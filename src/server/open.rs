@@ -2,13 +2,12 @@
 //! anything is made, and changes nothing but that what a dead target has left is
 //! on its image.
 
-use std::os::linux::net::SocketAddrExt;
-use std::os::unix::net::{SocketAddr, UnixDatagram};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use nix::sys::eventfd::EventFd;
 
+use super::claim::{self, Claim, ClaimError};
 use super::report::Report;
 use super::wait::Wait;
 use super::{Export, ServeError, uuid};
@@ -28,11 +27,6 @@ use crate::wire::{Address, ETHERNET_HEADER};
 
 /// A shelf that the Linux driver does not take devices from.
 const SHELF_LINUX_IGNORES: u16 = 4095;
-/// How long an address that a process of this machine still holds is asked for
-/// again, as after a restart.
-const CLAIM_PATIENCE: Duration = Duration::from_secs(2);
-const CLAIM_RETRY: Duration = Duration::from_millis(20);
-
 pub(super) fn open(options: &Options) -> Result<Export, ServeError> {
     let system = |what| move |e| ServeError::System(what, e);
     let address = options.address;
@@ -51,7 +45,7 @@ pub(super) fn open(options: &Options) -> Result<Export, ServeError> {
     let watch = LinkWatch::new().map_err(system("listening for link changes"))?;
     let nics = options.nics.iter();
     let nics = nics.map(|name| match Nic::open(name, &port_options) {
-        Err(e) if options.wait_for_interfaces && matches!(e.why, NicTrouble::Unknown) => {
+        Err(e) if options.wait_for_interfaces && e.may_come() => {
             log::warn!("{address}: {e}; waiting for it");
             Ok(Nic::absent(&e))
         }
@@ -321,35 +315,23 @@ fn tell_write_cache(address: Address, file: &StateFile, state: &WireState) {
 
 /// Takes the address, among the processes of this machine and then on the
 /// network, unless it is to be shared.
-fn take_address(options: &Options, nics: &[Nic]) -> Result<Vec<UnixDatagram>, ServeError> {
+fn take_address(options: &Options, nics: &[Nic]) -> Result<Vec<Claim>, ServeError> {
     let (address, time) = (options.address, options.tuneup.address_probe);
+    let mut claims = Vec::new();
     if options.shared_address {
-        return Ok(Vec::new());
+        return Ok(claims);
     }
-    let claims = nics.iter().map(|nic| claim(address, &nic.name));
-    let claims = claims.collect::<Result<Vec<_>, _>>()?;
+    if let Some(dir) = claim::directory(address, options.run_dir.as_deref()) {
+        for nic in nics {
+            claims.push(claim::take(&dir, address, &nic.name).map_err(|e| match e {
+                ClaimError::Taken(holder) => ServeError::Claimed(address, nic.name.clone(), holder),
+                ClaimError::System(e) => ServeError::System("claiming the address", e),
+            })?);
+        }
+    }
     match probe::rival(nics, address, uuid(), time).map_err(ServeError::Nic)? {
         Some(rival) => Err(ServeError::Rival(address, rival)),
         None => Ok(claims),
-    }
-}
-
-/// Takes the address on this interface among the processes of this machine,
-/// which do not hear each other's broadcasts: a name in the network namespace
-/// that the kernel frees when the process ends.
-fn claim(address: Address, nic: &str) -> Result<UnixDatagram, ServeError> {
-    let failed = |e| ServeError::System("claiming the address", e);
-    let name = SocketAddr::from_abstract_name(format!("aoede/{address}/{nic}")).map_err(failed)?;
-    let deadline = Instant::now() + CLAIM_PATIENCE;
-    loop {
-        match UnixDatagram::bind_addr(&name) {
-            Ok(socket) => return Ok(socket),
-            Err(e) if e.kind() != std::io::ErrorKind::AddrInUse => return Err(failed(e)),
-            Err(_) if Instant::now() >= deadline => {
-                return Err(ServeError::Claimed(address, nic.to_owned()));
-            }
-            Err(_) => std::thread::sleep(CLAIM_RETRY),
-        }
     }
 }
 

@@ -38,11 +38,16 @@ pub struct Link {
     pub running: bool,
 }
 
-/// Looks an interface up. `Ok(None)` if there is none of that name.
-pub fn query(name: &str) -> io::Result<Option<Link>> {
+/// `true` if an interface can have this name.
+pub fn is_name(name: &str) -> bool {
     // The kernel cuts what old tools call an alias, "eth0:1", at the colon.
     let is_odd = |b| matches!(b, 0 | b'/' | b':');
-    if name.is_empty() || name.len() > NAME_MAX || name.bytes().any(is_odd) {
+    (1..=NAME_MAX).contains(&name.len()) && !name.bytes().any(is_odd)
+}
+
+/// Looks an interface up. `Ok(None)` if there is none of that name.
+pub fn query(name: &str) -> io::Result<Option<Link>> {
+    if !is_name(name) {
         return Ok(None);
     }
     let flags = SockFlag::SOCK_CLOEXEC;
@@ -142,6 +147,7 @@ mod tests {
             "a\0b",
         ] {
             assert_eq!(query(name).unwrap(), None, "{name}");
+            assert_eq!(is_name(name), name == "no-such-nic", "{name}");
         }
     }
 }

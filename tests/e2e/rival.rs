@@ -1,5 +1,8 @@
 //! Another target that has our address.
 
+use std::os::linux::net::SocketAddrExt;
+use std::os::unix::fs::MetadataExt;
+use std::os::unix::net::{SocketAddr, UnixDatagram};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
@@ -247,7 +250,8 @@ fn a_second_process_of_this_machine_on_the_same_nic_is_refused() {
         let mut first = serve(&lab.host, &ours, &[nic], &[]);
         let refused = try_to_serve(&lab.host, &["tgt1", nic], &[]);
         assert_eq!(refused.code, Some(1), "{refused:?}");
-        for part in ["e1.1", nic, "another process", "--shared-address"] {
+        let process = format!("process {} (aoede)", first.pid());
+        for part in ["e1.1", nic, &process, "--shared-address"] {
             assert!(refused.line().contains(part), "{refused:?}");
         }
         // What held it frees it by its death, however that comes.
@@ -256,6 +260,36 @@ fn a_second_process_of_this_machine_on_the_same_nic_is_refused() {
         assert!(time < Duration::from_secs(8), "{time:?}");
         stop(again);
     }
+}
+
+#[test]
+fn a_name_that_any_user_can_hold_keeps_nobody_from_starting() {
+    if !lab::require("a socket with the name of old", &[Need::Network]) {
+        return;
+    }
+    let (lab, ours) = (Lab::new(1, 1500), Store::new(IMAGE));
+    let bind = || {
+        let name = SocketAddr::from_abstract_name("aoede/e1.1/tgt0").unwrap();
+        UnixDatagram::bind_addr(&name).unwrap()
+    };
+    let _held = lab.host.enter(bind).unwrap();
+    stop(serve(&lab.host, &ours, &["tgt0"], &[]));
+    // What holds an address is in a directory that is closed to others.
+    let claims = ["/run/aoede", "/dev/shm/aoede"].map(|dir| Path::new(dir).join("claims"));
+    let mut claims = claims.iter().filter_map(|dir| std::fs::metadata(dir).ok());
+    assert!(claims.any(|dir| dir.mode() & 0o7777 == 0o700));
+}
+
+#[test]
+fn the_same_name_in_another_network_namespace_is_another_interface() {
+    if !lab::require("two namespaces", &[Need::Network]) {
+        return;
+    }
+    let (lab, a, b) = (Lab::new(0, 1500), Store::new(IMAGE), Store::new(IMAGE));
+    let first = serve(&lab.host, &a, &["lo"], &[]);
+    let second = serve(&lab.peer, &b, &["lo"], &[]);
+    stop(first);
+    stop(second);
 }
 
 #[test]
