@@ -100,6 +100,11 @@ impl Identity {
         })
     }
 
+    /// Whether this is the image that is there `now`, of whatever size.
+    pub fn is_same_image(&self, now: &Identity) -> bool {
+        matches!(self.difference(now), None | Some(Difference::Size(..)))
+    }
+
     /// What tells the image of a shadow (`self`) from the one that is there
     /// `now`; `None` if they are the same.
     pub fn difference(&self, now: &Identity) -> Option<Difference> {

@@ -307,7 +307,13 @@ pub(super) fn find<P: Place>(
             format!("asking what image it is: {e}"),
         )
     })?;
-    let record = Record::of(&options.state_dir, Path::new(""), identity, image.window());
+    let record = Record::of(
+        place.records(),
+        &options.state_dir,
+        Path::new(""),
+        identity,
+        image.window(),
+    );
     record.none_beside(place.records())?;
     let recorded = match record.read(place.records()) {
         Err(_) if options.discard => None,
@@ -456,7 +462,7 @@ impl<P: Place> ShadowStore<P> {
         let identity = image.identity();
         let identity = identity.map_err(fail("asking what image it is of"))?;
         let window = image.window();
-        let record = Record::of(&options.state_dir, path, identity, window);
+        let record = Record::of(place.records(), &options.state_dir, path, identity, window);
         let export = options.export.clone();
         let Some(mut found) = found else {
             let store = ShadowStore {

@@ -4,7 +4,7 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
-use shadow::{Files, Identity, replace_text};
+use shadow::{Facts, Files, Identity, replace_text};
 use toml::{Table, Value};
 
 use super::ShadowError;
@@ -23,31 +23,64 @@ pub(super) struct Record {
 }
 
 impl Record {
-    pub fn of(state_dir: &Path, shadow: &Path, identity: Identity, window: (u64, u64)) -> Record {
+    /// The record of this image and window: the one that is there, if the image
+    /// has another number now, else the one to be made.
+    pub fn of<F: Files>(
+        files: &F,
+        state_dir: &Path,
+        shadow: &Path,
+        identity: Identity,
+        window: (u64, u64),
+    ) -> Record {
         let (start, len) = window;
         let crc = crc::Crc::<u64>::new(&crc::CRC_64_XZ);
         let mut digest = crc.digest();
-        for number in [identity.a, identity.b, start] {
+        // By what the image is: under its device number another one may have been
+        // frozen, whose record is still there.
+        for number in [identity.facts.key(), start] {
             digest.update(&number.to_le_bytes());
         }
-        Record {
+        let record = Record {
             path: state_dir.join(format!("{:016x}{RECORD}", digest.finalize())),
             shadow: shadow.to_owned(),
             identity,
             start,
             len,
+        };
+        let is_ours = |path: &PathBuf| {
+            let stored = files.read_text(path).ok();
+            let stored = stored.and_then(|text| Stored::parse(&text, &identity));
+            stored.is_some_and(|s| s.start == start && s.identity.is_same_image(&identity))
+        };
+        let there = record.all(files).unwrap_or_default();
+        match there.into_iter().find(is_ours) {
+            Some(path) => Record { path, ..record },
+            None => record,
         }
+    }
+
+    /// The records of all images.
+    fn all<F: Files>(&self, files: &F) -> io::Result<Vec<PathBuf>> {
+        let directory = self.path.parent().unwrap_or(Path::new("."));
+        let list = match files.list(directory) {
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+            list => list?,
+        };
+        let is_record = |path: &PathBuf| path.to_string_lossy().ends_with(RECORD);
+        Ok(list.into_iter().filter(is_record).collect())
     }
 
     /// Puts it on stable storage; the window may have another length by now.
     pub fn write<F: Files>(&self, files: &F, len: u64) -> io::Result<()> {
         let mut table = Table::new();
-        table.insert("version".into(), Value::Integer(1));
+        table.insert("version".into(), Value::Integer(2));
         let shadow = self
             .shadow
             .to_str()
             .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidInput, "its path is not UTF-8"))?;
         table.insert("shadow".into(), Value::String(shadow.to_owned()));
+        let facts = self.identity.facts.to_text();
+        table.insert("facts".into(), Value::String(facts));
         for (key, number) in [
             ("identity_a", self.identity.a),
             ("identity_b", self.identity.b),
@@ -78,24 +111,25 @@ impl Record {
     pub fn none_beside<F: Files>(&self, files: &F) -> Result<(), ShadowError> {
         let bad = |path: &Path, what: &str| ShadowError::Record(path.to_owned(), what.to_owned());
         let directory = self.path.parent().unwrap_or(Path::new("."));
-        let list = match files.list(directory) {
-            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
-            list => list.map_err(|e| bad(directory, &e.to_string()))?,
-        };
-        for path in list {
-            if path == self.path || !path.to_string_lossy().ends_with(RECORD) {
-                continue;
-            }
+        let list = self
+            .all(files)
+            .map_err(|e| bad(directory, &e.to_string()))?;
+        for path in list.into_iter().filter(|path| *path != self.path) {
             let text = match files.read_text(&path) {
                 // Thawed just now.
                 Err(e) if e.kind() == io::ErrorKind::NotFound => continue,
                 text => text.map_err(|e| bad(&path, &e.to_string()))?,
             };
-            let (shadow, [a, b, start, len]) = parse(&text)
+            let Stored {
+                shadow,
+                identity,
+                start,
+                len,
+            } = Stored::parse(&text, &self.identity)
                 .ok_or_else(|| bad(&path, "it cannot be read; remove it to pass it over"))?;
             let apart = start >= self.start.saturating_add(self.len)
                 || self.start >= start.saturating_add(len);
-            if (a, b) == (self.identity.a, self.identity.b) && !apart {
+            if identity.is_same_image(&self.identity) && !apart {
                 let (first, sectors) = (start / shadow::SECTOR, len / shadow::SECTOR);
                 return Err(ShadowError::OtherWindow(shadow, first, sectors));
             }
@@ -111,18 +145,117 @@ impl Record {
             Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
             Err(e) => return Err(bad(e.to_string())),
         };
-        parse(&text).map(|(path, _)| Some(path)).ok_or_else(|| {
+        let stored = Stored::parse(&text, &self.identity);
+        stored.map(|stored| Some(stored.shadow)).ok_or_else(|| {
             bad("it cannot be read; mend it, or --discard-shadow gives the shadow up".into())
         })
     }
 }
 
-/// What a record says: the shadow; of the image what it is, and of the window
-/// where it begins and how long it is.
-fn parse(text: &str) -> Option<(PathBuf, [u64; 4])> {
-    let table = text.parse::<Table>().ok()?;
-    let number = |key: &str| u64::from_str_radix(table.get(key)?.as_str()?, 16).ok();
-    let shadow = PathBuf::from(table.get("shadow")?.as_str()?);
-    let [a, b, start, len] = ["identity_a", "identity_b", "start", "len"].map(number);
-    Some((shadow, [a?, b?, start?, len?]))
+/// What a record says.
+struct Stored {
+    shadow: PathBuf,
+    /// Of its image; a record does not keep its size and, in version 1, only `a`
+    /// and `b`.
+    identity: Identity,
+    /// The window.
+    start: u64,
+    len: u64,
+}
+
+impl Stored {
+    /// Reads a record of version 1 (aoede 0.1.0) or 2, to be compared with the
+    /// image `now`.
+    fn parse(text: &str, now: &Identity) -> Option<Stored> {
+        let table = text.parse::<Table>().ok()?;
+        let string = |key: &str| table.get(key)?.as_str();
+        let number = |key: &str| u64::from_str_radix(string(key)?, 16).ok();
+        let facts = match table.get("version")?.as_integer()? {
+            1 => Facts::Unknown,
+            2 => Facts::from_text(string("facts")?)?,
+            _ => return None,
+        };
+        Some(Stored {
+            shadow: PathBuf::from(string("shadow")?),
+            identity: Identity {
+                a: number("identity_a")?,
+                b: number("identity_b")?,
+                facts,
+                ..*now
+            },
+            start: number("start")?,
+            len: number("len")?,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use shadow::{FileFacts, Kind, RealFiles};
+
+    /// A loop device over a file: its number is in `a`, as 0.1.0 knew it.
+    fn identity(a: u64, inode: u64) -> Identity {
+        let file = FileFacts {
+            inode,
+            birth: 7,
+            uuid: [1, 2],
+            ..FileFacts::default()
+        };
+        Identity {
+            kind: Kind::Device,
+            a,
+            b: 0,
+            bytes: 1 << 20,
+            facts: Facts::Loop {
+                file,
+                offset: 0,
+                limit: 0,
+                bytes: 1 << 20,
+            },
+        }
+    }
+
+    #[test]
+    fn the_record_of_a_device_is_found_under_another_number() {
+        let dir = tempfile::tempdir().unwrap();
+        let (files, shadow) = (&RealFiles, Path::new("/s"));
+        let of = |identity, start| Record::of(files, dir.path(), shadow, identity, (start, 512));
+        of(identity(1, 12), 0).write(files, 512).unwrap();
+        for (identity, start, found) in [
+            (identity(1, 12), 0, true),
+            (identity(2, 12), 0, true),
+            (identity(1, 13), 0, false),
+            (identity(2, 12), 512, false),
+        ] {
+            let record = of(identity, start);
+            let is_there = record.read(files).unwrap().is_some();
+            assert_eq!(is_there, found, "{identity:?} {start}");
+            assert_eq!(record.path.exists(), found);
+        }
+        // Written again it is the same file, and removed it is gone.
+        of(identity(2, 12), 0).write(files, 512).unwrap();
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1);
+        of(identity(3, 12), 0).remove(files).unwrap();
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn a_record_of_0_1_0_is_known_by_its_two_numbers() {
+        let dir = tempfile::tempdir().unwrap();
+        let of = |a| {
+            Record::of(
+                &RealFiles,
+                dir.path(),
+                Path::new(""),
+                identity(a, 12),
+                (0, 512),
+            )
+        };
+        let text = "version = 1\nshadow = \"/s\"\nidentity_a = \"5\"\nidentity_b = \"0\"\n\
+                    start = \"0\"\nlen = \"200\"\n";
+        std::fs::write(dir.path().join("x.shadow.toml"), text).unwrap();
+        assert_eq!(of(5).read(&RealFiles).unwrap(), Some(PathBuf::from("/s")));
+        assert_eq!(of(6).read(&RealFiles).unwrap(), None);
+    }
 }
