@@ -18,6 +18,7 @@ mod floors;
 mod frames;
 mod freeze;
 mod hostile;
+
 mod kills;
 mod life;
 mod nics;
@@ -27,5 +28,6 @@ mod serve;
 mod static_build;
 mod support;
 mod tools;
+mod upgrade;
 mod vm;
 mod workshop;
