@@ -13,7 +13,7 @@ use tempfile::TempDir;
 
 use crate::rig::QUICK;
 use crate::support::{AOEDE, Store, Wire, command, files, in_memory, serve, stop};
-use crate::workshop::{Loop, sh};
+use crate::workshop::{Loop, attach, detach, sh};
 
 /// What is dirty stays so until someone asks or the process ends.
 const HELD: [&str; 4] = [
@@ -1027,25 +1027,6 @@ fn two_windows_that_died_are_both_replayed() {
     stop(low);
     stop(high);
     bed.nothing_left();
-}
-
-/// A loop device over a file, under a number of our choice or the next free.
-fn attach(path: &Path, device: Option<&Path>) -> PathBuf {
-    let name = device.map_or("--find".to_owned(), |d| d.display().to_string());
-    let show = if device.is_some() { "" } else { "--show" };
-    let shown = sh(&format!("losetup {show} {name} {}", path.display()));
-    device.map_or_else(|| PathBuf::from(shown.trim()), Path::to_owned)
-}
-
-fn detach(device: &Path) {
-    sh(&format!("losetup -d {}", device.display()));
-    // The kernel lets go of it when the last one who has it open does.
-    let file = format!(
-        "/sys/block/{}/loop/backing_file",
-        device.file_name().unwrap().to_str().unwrap()
-    );
-    let free = || !Path::new(&file).exists();
-    lab::wait_until("the loop device is free", Deadline::seconds(10), free).unwrap();
 }
 
 #[test]

@@ -810,3 +810,58 @@ fn who_dies_while_a_slow_disk_writes_was_no_stranger() {
         assert_eq!(bed.store.sectors(n * 64, 1), block);
     }
 }
+
+/// What is dirty stays so until someone asks.
+const HELD: [&str; 4] = [
+    "--set",
+    "idle_flush=600000",
+    "--set",
+    "max_dirty_age=600000",
+];
+
+#[test]
+fn a_bad_sector_keeps_no_other_from_being_recovered() {
+    if !lab::require("bad sectors at a recovery", &TRACED) {
+        return;
+    }
+    let data = |n: usize| -> Vec<u8> { (0..n * 512).map(|i| (i / 3) as u8 | 1).collect() };
+    let bed = Bed::new();
+    let mut target = bed.start(&HELD);
+    bed.wire.client().write_many(1000, &data(40)).unwrap();
+    target.kill().unwrap();
+    // The first block of 8 sectors cannot be written, nor any of its sectors.
+    let bad = ["pwrite64:error=EIO:when=1..9"];
+    for round in 0..2 {
+        let mut target = if round == 0 {
+            bed.faulty(&bad, &HELD)
+        } else {
+            // It dies with them in its cache; the disk is well again.
+            bed.start(&HELD)
+        };
+        let image = bed.store.sectors(1008, 32);
+        assert!(
+            image == data(40)[8 * 512..],
+            "round {round}: not brought over"
+        );
+        let first = bed.store.sectors(1000, 8);
+        if round == 0 {
+            assert!(first.iter().all(|byte| *byte == 0));
+            let said = target.output().join("\n");
+            assert!(
+                said.contains("8 acknowledged sectors from LBA 1000"),
+                "{said}"
+            );
+            assert!(said.contains("32 acknowledged sectors"), "{said}");
+        } else {
+            assert!(first == data(8), "lost on the way");
+        }
+        let seen = bed.wire.client().read_many(1000, 40).unwrap();
+        assert!(
+            seen == data(40),
+            "round {round}: a host sees something else"
+        );
+        target.kill().unwrap();
+    }
+    stop(bed.start(&[]));
+    assert_eq!(files(&bed.store.arenas(), ""), [] as [PathBuf; 0]);
+}

@@ -670,3 +670,22 @@ impl Drop for Loop {
         }
     }
 }
+
+/// A loop device over a file, under a number of our choice or the next free.
+pub fn attach(path: &Path, device: Option<&Path>) -> PathBuf {
+    let name = device.map_or("--find".to_owned(), |d| d.display().to_string());
+    let show = if device.is_some() { "" } else { "--show" };
+    let shown = sh(&format!("losetup {show} {name} {}", path.display()));
+    device.map_or_else(|| PathBuf::from(shown.trim()), Path::to_owned)
+}
+
+/// Detaches it, and waits until the kernel has let go of it.
+pub fn detach(device: &Path) {
+    sh(&format!("losetup -d {}", device.display()));
+    let file = format!(
+        "/sys/block/{}/loop/backing_file",
+        device.file_name().unwrap().to_str().unwrap()
+    );
+    let free = || !Path::new(&file).exists();
+    wait_until("the loop device is free", Deadline::seconds(10), free).unwrap();
+}

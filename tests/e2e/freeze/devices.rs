@@ -2,12 +2,13 @@
 //! with a window that begins within a chunk.
 
 use std::os::unix::fs::FileExt;
+use std::path::Path;
 
 use initiator::lab::{self, Deadline, Process, Spawn};
 
 use super::{Bed, data, order, until};
 use crate::support::{AOEDE, stop};
-use crate::workshop::Loop;
+use crate::workshop::{Loop, attach, detach};
 
 /// Serves a device with these options.
 fn serve(bed: &Bed, device: &Loop, options: &[&str]) -> Process {
@@ -80,4 +81,62 @@ fn a_device_is_frozen_and_thawed_whatever_its_blocks_are() {
         assert!(before[..offset * 512].iter().all(|b| *b == 0));
         bed.nothing_left();
     }
+}
+
+#[test]
+fn a_frozen_device_is_not_served_without_its_shadow_under_another_number() {
+    if !lab::require("a frozen device under another number", &Loop::NEEDS) {
+        return;
+    }
+    let bed = Bed::new();
+    let start = |device: &Path, shadow: bool| {
+        let with = ["-f".to_owned(), bed.shadow().display().to_string()];
+        Spawn::new(AOEDE)
+            .inside(&bed.wire.host)
+            .args(["--set", "address_probe=10", "1", "1", "tgt0"])
+            .arg(device)
+            .args(with.into_iter().filter(|_| shadow))
+            .arg("--state-dir")
+            .arg(bed.store.state())
+            .arg("--run-dir")
+            .arg(bed.store.run())
+            .start()
+            .unwrap()
+    };
+    let device = attach(&bed.store.image(), None);
+    let mut target = start(&device, true);
+    target
+        .wait_for_line(": e1.1, ", Deadline::seconds(20))
+        .unwrap();
+    bed.freeze(&target);
+    bed.client().write_many(3, &data(2, 10)).unwrap();
+    target.kill().unwrap();
+    detach(&device);
+    // Its number is taken by another disk, and it comes back under the next.
+    let second = bed.store.path().join("second.img");
+    std::fs::write(&second, vec![7; 4096 * 512]).unwrap();
+    attach(&second, Some(&device));
+    let other = attach(&bed.store.image(), None);
+    assert_ne!(device, other);
+    let mut refused = start(&other, false);
+    let status = refused.wait(Deadline::seconds(20)).unwrap();
+    let said = refused.output().join("\n");
+    assert_eq!(status.code(), Some(1), "{said}");
+    assert!(said.contains("is frozen") && said.contains("-f"), "{said}");
+    // The other disk was never frozen.
+    let mut target = start(&device, false);
+    target
+        .wait_for_line(": e1.1, ", Deadline::seconds(20))
+        .unwrap();
+    stop(target);
+    let mut target = start(&other, true);
+    target
+        .wait_for_line(": e1.1, ", Deadline::seconds(20))
+        .unwrap();
+    assert!(bed.client().read_many(3, 10).unwrap() == data(2, 10));
+    stop(target);
+    detach(&other);
+    detach(&device);
+    assert!(bed.store.sectors(3, 10) == data(2, 10), "not merged");
+    bed.nothing_left();
 }
