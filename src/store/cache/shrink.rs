@@ -15,7 +15,13 @@ impl Cache {
     /// next sync takes it off its account.
     pub fn cut(&mut self, end: Lba, now: Instant) -> u64 {
         debug_assert!(!self.generations.draining);
-        self.wanted.retain(|extent| extent.end() <= end);
+        for extent in self.take_wanted() {
+            if extent.end() <= end {
+                self.wanted.push(extent);
+            } else {
+                self.not_completed(extent);
+            }
+        }
         let mut dropped = 0;
         for slot in 0..self.meta.len() as u32 {
             let meta = &self.meta[slot as usize];

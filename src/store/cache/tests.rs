@@ -717,3 +717,18 @@ fn watch(writer: &Writer, folder: &Path, progress: &Slots) {
     println!("{looks} looks, {between} of them within a write, {counted} writes");
     assert!(between > 0);
 }
+
+#[test]
+fn what_was_to_be_completed_across_a_new_end_is_asked_for_again() {
+    let (mut cache, now) = (
+        cache(Arena::anonymous(BLOCK, 8).unwrap(), 1024, 8),
+        Instant::now(),
+    );
+    // Two groups, each of which needs its other sector.
+    cache.write(extent(0, 1), &[1; 512], now).unwrap();
+    cache.write(extent(5, 1), &[2; 512], now).unwrap();
+    assert!(cache.next_run(cache.epoch(), 8, PLAIN).is_none());
+    assert_eq!(cache.cut(Lba(2), now), 1);
+    assert!(cache.next_run(cache.epoch(), 8, PLAIN).is_none());
+    assert_eq!(cache.take_wanted(), [extent(0, 2)]);
+}
