@@ -9,6 +9,7 @@ use shadow::stamp::Stamp;
 use shadow::{BlockFile, Geometry, Page};
 
 use super::align;
+use super::split::{self, NotWritten};
 use super::state::StateFile;
 use crate::sys::buffer::{Body, Buf, BufSlice};
 
@@ -112,6 +113,14 @@ pub enum Job {
     },
     /// Writes runs, each of whole aligned blocks.
     Write(Vec<Segment>),
+    /// Writes bytes that a disk has refused before. What shares a block with
+    /// them and is not given is read first.
+    Try {
+        /// Offset in the backing.
+        at: u64,
+        /// The data, as far into its buffer as `at` is into its block.
+        data: BufSlice,
+    },
     /// Says that so many bytes will be read soon.
     Prefetch {
         /// Offset in the backing.
@@ -217,7 +226,7 @@ pub struct Segment {
 pub enum JobKind {
     /// [`Job::Read`], [`Job::Gather`], [`Job::Verify`] or [`Job::Prefetch`].
     Read,
-    /// [`Job::Write`] or [`Job::Discard`].
+    /// [`Job::Write`], [`Job::Try`] or [`Job::Discard`].
     Write,
     /// [`Job::Push`], [`Job::Sync`] or [`Job::Commit`].
     Sync,
@@ -232,7 +241,7 @@ pub enum JobKind {
 pub struct Done {
     /// Which.
     pub id: JobId,
-    /// Of a read the data.
+    /// Of a read the data; of [`Job::Try`] what was given.
     pub data: Option<BufSlice>,
     /// How it went.
     pub result: Result<(), DiskError>,
@@ -247,6 +256,9 @@ pub struct DiskError {
     pub name: String,
     /// At which byte, where that means something.
     pub offset: Option<u64>,
+    /// Of a [`Job::Write`] the bytes that were not written, of (offset, length);
+    /// none if that is not known.
+    pub parts: Vec<(u64, u64)>,
     /// Why.
     pub source: io::Error,
 }
@@ -308,6 +320,7 @@ impl Job {
                 kind,
                 name: backing.name(),
                 offset,
+                parts: Vec::new(),
                 source,
             })
         };
@@ -328,14 +341,21 @@ impl Job {
                 fail(JobKind::Read, None, result)
             }
             Job::Write(segments) => {
-                let bad = segments.iter().find_map(|segment| {
-                    let result = backing.write_pieces(&segment.pieces, segment.at);
-                    result.err().map(|e| (segment.at, e))
-                });
-                match bad {
-                    Some((at, e)) => fail(JobKind::Write, Some(at), Err(e)),
-                    None => Ok(()),
-                }
+                split::write(backing, &segments).map_err(|NotWritten { parts, source }| DiskError {
+                    kind: JobKind::Write,
+                    name: backing.name(),
+                    offset: parts.first().map(|(at, _)| *at),
+                    parts,
+                    source,
+                })
+            }
+            Job::Try {
+                at,
+                data: mut tried,
+            } => {
+                let result = align::write(backing, at, &mut tried);
+                data = Some(tried);
+                fail(JobKind::Write, Some(at), result)
             }
             Job::Prefetch { at, len } => {
                 backing.prefetch(at, len);
@@ -364,6 +384,7 @@ impl Job {
                 kind: JobKind::Save,
                 name: e.path.display().to_string(),
                 offset: None,
+                parts: Vec::new(),
                 source: e.source,
             }),
         };

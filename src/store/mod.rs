@@ -19,6 +19,7 @@ mod pool;
 mod recover;
 mod run_dir;
 mod shadow;
+mod split;
 mod state;
 mod uring;
 mod volume;

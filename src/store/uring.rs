@@ -135,6 +135,7 @@ impl<R: Ring> UringDisk<R> {
                 kind,
                 name: self.image.name(),
                 offset,
+                parts: Vec::new(),
                 source,
             })
         };
@@ -142,7 +143,7 @@ impl<R: Ring> UringDisk<R> {
             e.raw_os_error(), Some(libc::EAGAIN | libc::EINTR)));
         let done = |data, result| Some(Done { id, data, result });
         // Done in part only, or not now: a thread does all of it, or learns why
-        // that cannot be.
+        // that cannot be; of a write also which part of it.
         let rest = match (ended.held, ended.result) {
             (Held::Read(buf), Ok(read)) if read == whole => {
                 let offset = (at - start) as usize;
@@ -157,9 +158,6 @@ impl<R: Ring> UringDisk<R> {
             (Held::Sync, Ok(_)) => return done(None, Ok(())),
             (Held::Read(_), Err(e)) if !again => {
                 return done(None, error(JobKind::Read, Some(at), e));
-            }
-            (Held::Write(_), Err(e)) if !again => {
-                return done(None, error(JobKind::Write, Some(at), e));
             }
             (Held::Sync, Err(e)) if !again => return done(None, error(JobKind::Sync, None, e)),
             (Held::Read(buf), _) => Job::Read { at, len, buf },

@@ -17,6 +17,7 @@ mod bufs;
 mod discards;
 mod freeze;
 mod frozen;
+mod health;
 mod merge;
 mod progress;
 mod reads;
@@ -44,6 +45,7 @@ use crate::sys::buffer::{Body, Buf, BufSlice};
 use bufs::Bufs;
 use discards::Discarding;
 use freeze::{COMMIT, FORGET, Freezing, STEP};
+use health::Health;
 use merge::Merge;
 use progress::Progress;
 use reads::{Fill, Stream, WaitingRead};
@@ -171,7 +173,12 @@ pub struct VolumeOptions {
 #[derive(Debug)]
 enum Under {
     Fill(Fill),
-    Write(Vec<u32>),
+    Write {
+        slots: Vec<u32>,
+        to_shadow: bool,
+    },
+    /// Sectors of bad ranges.
+    Try,
     Verify(Token),
     Prefetch,
 }
@@ -235,6 +242,7 @@ pub struct Volume {
     last_request: Instant,
     trouble: Trouble,
     progress: Progress,
+    health: Health,
     failures: Failures,
     last_error: Option<DiskError>,
 }
@@ -299,6 +307,7 @@ impl Volume {
             last_request: now,
             trouble: Trouble::default(),
             progress: Progress::new(now),
+            health: Health::new(cache.block_bytes() / SECTOR),
             failures: Failures::default(),
             last_error: None,
             cache,
@@ -338,7 +347,9 @@ impl Volume {
                 sectors(dropped)
             );
         }
+        self.clear_bad(gone);
         self.fail_parked_behind(end);
+        self.fail_trials(|trial| trial.extent.end() > end);
     }
 
     /// Notes how the image looks now, which others than its writes have changed
@@ -428,9 +439,10 @@ impl Volume {
     /// Whether nothing is under way, and, while draining, nothing is left that
     /// is not on stable storage.
     pub fn is_idle(&self) -> bool {
-        let dirty = self.draining && self.cache.has_unsynced();
+        let dirty = self.draining && (self.cache.has_unsynced() || !self.is_well());
         self.free.len() == PARKED_MAX
             && (self.parked.is_empty() || self.leaves_parked())
+            && self.health.trials() == 0
             && self.held_reads.is_empty()
             && self.reads.is_empty()
             && self.verifies.is_empty()
@@ -450,7 +462,7 @@ impl Volume {
 
     /// Takes that file away, when nothing in it is needed any more.
     pub fn remove_arena(&mut self) -> std::io::Result<()> {
-        if self.cache.has_unsynced() {
+        if self.cache.has_unsynced() || self.cache.kept() > 0 {
             Ok(())
         } else {
             self.cache.arena().remove()
@@ -495,6 +507,8 @@ impl Volume {
         self.advance_freeze(now);
         self.start_held_reads(now);
         self.start_parked(now);
+        self.start_trials(now);
+        self.watch_kept(now);
         if self.is_thaw_due() {
             // What had waited has filled the shadow.
             self.advance_freeze(now);
@@ -534,12 +548,13 @@ impl Volume {
 
     /// Whether the disk may be changing the image now.
     pub fn is_writing(&self) -> bool {
-        self.writing > 0 || self.discarding.is_submitted()
+        self.writing > 0 || self.discarding.is_submitted() || self.health.is_trying()
     }
 
     /// Whether the disk has something to bring to stable storage.
     fn has_disk_work(&self) -> bool {
-        self.is_writing() || self.syncing.is_some() || self.freezing.step
+        let trials = self.health.trials() > 0;
+        self.is_writing() || self.syncing.is_some() || self.freezing.step || trials
     }
 
     /// Whether reads wait for the disk.
@@ -552,10 +567,11 @@ impl Volume {
     pub fn deadline(&self) -> Option<Instant> {
         let mut deadline = self.trouble.retry_at();
         let freeze = self.freeze_deadline();
+        let retry = self.health.deadline();
         let mut by = |time: Instant| {
             deadline = Some(deadline.map_or(time, |other| other.min(time)));
         };
-        if let Some(time) = freeze {
+        for time in freeze.into_iter().chain(retry) {
             by(time);
         }
         let failing = self.trouble.is_failing();
@@ -567,8 +583,10 @@ impl Volume {
         let silent = self.progress.silent_since();
         let silent = silent.or(failing.then_some(self.progress.at()));
         let parked = self.parked.get(usize::from(self.discarding.is_submitted()));
+        let parked = parked.map(|parked| parked.since());
+        let parked = parked.into_iter().chain(self.health.oldest_since()).min();
         if let (Some(silent), Some(parked)) = (silent, parked) {
-            by(silent.max(parked.since()) + self.options.io_patience);
+            by(silent.max(parked) + self.options.io_patience);
         }
         if !self.cache.is_released() {
             by(self.last_request + CACHE_IDLE);
@@ -594,6 +612,7 @@ impl Volume {
 
     fn finish(&mut self, done: Done, now: Instant) {
         let ok = done.result.is_ok();
+        let mut failed = None;
         if let Err(error) = done.result {
             match error.kind {
                 JobKind::Read => self.failures.reads += 1,
@@ -602,7 +621,12 @@ impl Volume {
                 JobKind::Save => {}
                 JobKind::Step => return self.step_ended(Err(error), now),
             }
-            self.last_error = Some(error);
+            // Numbered jobs tell of theirs.
+            if done.id.0 < PARKED_MAX as u64 {
+                failed = Some(error);
+            } else {
+                self.last_error = Some(error);
+            }
         }
         match done.id {
             PUSH => self.pushed(ok, now),
@@ -616,11 +640,18 @@ impl Volume {
                     self.complete(token, None, ok);
                 }
             }
-            JobId(id) => self.finish_job(id as u32, done.data, ok, now),
+            JobId(id) => self.finish_job(id as u32, done.data, failed, now),
         }
     }
 
-    fn finish_job(&mut self, id: u32, data: Option<BufSlice>, ok: bool, now: Instant) {
+    fn finish_job(
+        &mut self,
+        id: u32,
+        data: Option<BufSlice>,
+        error: Option<DiskError>,
+        now: Instant,
+    ) {
+        let ok = error.is_none();
         let Some(under) = self.under.get_mut(id as usize).and_then(Option::take) else {
             debug_assert!(false, "a job ended twice");
             return;
@@ -629,22 +660,18 @@ impl Volume {
         match under {
             Under::Fill(fill) => {
                 self.fills.retain(|other| *other != id);
-                self.fill_ended(fill, data.filter(|_| ok), now);
+                self.fill_ended(fill, data.filter(|_| ok), error.as_ref(), now);
+                self.last_error = error.or(self.last_error.take());
             }
-            Under::Write(slots) => {
+            Under::Write { slots, to_shadow } => {
                 self.writing -= 1;
-                for slot in slots {
-                    self.cache.write_ended(slot, ok, now);
-                }
-                if ok {
-                    self.made_progress(now);
-                } else {
-                    self.failed(now);
-                }
+                self.write_ended(&slots, to_shadow, error, now);
             }
+            Under::Try => self.try_ended(id, data, error, now),
             Under::Verify(token) => {
                 self.verifying -= 1;
                 self.complete(token, None, ok);
+                self.last_error = error.or(self.last_error.take());
             }
             Under::Prefetch => self.prefetches -= 1,
         }

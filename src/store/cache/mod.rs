@@ -18,6 +18,7 @@
 mod epochs;
 mod generations;
 mod index;
+mod kept;
 mod shrink;
 mod writeback;
 
@@ -55,6 +56,9 @@ enum State {
     Writing,
     /// Written back, not synced.
     Written,
+    /// Has dirty sectors that the image does not take, and no others; on no
+    /// account.
+    Kept,
 }
 
 /// What every read looks at: so little that all of it stays in the processor's
@@ -145,8 +149,9 @@ pub struct Cache {
     wanted: Vec<Extent>,
     /// Versions written back that the next sync covers.
     written: Vec<Record>,
-    /// Slots with dirty sectors.
+    /// Slots with dirty sectors, and those of them that are kept.
     dirty: u32,
+    kept: u32,
     dirty_max: u32,
     sequence: u64,
     operation: u32,
@@ -229,6 +234,7 @@ impl Cache {
             wanted: Vec::new(),
             written: Vec::new(),
             dirty: 0,
+            kept: 0,
             dirty_max: dirty_max.clamp(1, count),
             sequence: 0,
             operation: 0,
@@ -248,9 +254,10 @@ impl Cache {
         self.sectors * SECTOR
     }
 
-    /// Whether any sector is not on stable storage.
+    /// Whether any sector is not on stable storage, but for those that the image
+    /// does not take.
     pub fn has_dirty(&self) -> bool {
-        self.dirty > 0
+        self.dirty > self.kept
     }
 
     /// No more slots than these may be dirty from now on.
@@ -495,7 +502,8 @@ impl Cache {
                 || found.is_some_and(|slot| self.is_older(slot));
             fresh += u32::from(more);
         }
-        let mut room = self.dirty + fresh <= dirty_max || fresh == 0;
+        // What is kept has a bound of its own.
+        let mut room = self.dirty - self.kept + fresh <= dirty_max || fresh == 0;
         for (piece, slot) in self.pieces(extent).zip(&mut slots) {
             if room && self.in_place(piece.block).is_none() {
                 match self.take_slot() {
@@ -605,13 +613,15 @@ impl Cache {
                 self.queue_back(fresh);
             }
             // Its record stays with the sync that will cover it.
-            State::Written | State::Clean | State::Free => {
+            State::Written | State::Kept | State::Clean | State::Free => {
                 self.make_dirty(fresh, dirty, now);
                 // One that was cut off may be done before an older one of its block.
                 self.meta[fresh as usize].waits = before.waits;
                 self.arena.retire(old);
                 self.replace(block, old, fresh);
-                self.dirty -= u32::from(before.state == State::Written);
+                let dirty = matches!(before.state, State::Written | State::Kept);
+                self.dirty -= u32::from(dirty);
+                self.kept -= u32::from(before.state == State::Kept);
                 self.release(old);
                 self.queue_back(fresh);
             }
@@ -654,7 +664,14 @@ impl Cache {
             let Some(slot) = self.find(piece.block) else {
                 continue;
             };
+            if self.meta[slot as usize].state == State::Kept {
+                self.forget_kept(slot, piece.mask());
+            }
             let meta = &self.meta[slot as usize];
+            if meta.state == State::Kept {
+                self.hot[slot as usize].valid &= !piece.mask();
+                continue;
+            }
             debug_assert_eq!(meta.state, State::Clean);
             let hot = &mut self.hot[slot as usize];
             hot.valid &= !piece.mask();

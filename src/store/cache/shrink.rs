@@ -70,6 +70,7 @@ impl Cache {
                 meta.state = State::Written;
                 self.record(slot);
             }
+            State::Kept if meta.dirty == 0 => self.forget_kept(slot, u64::MAX),
             State::Writing if meta.unsent == 0 && meta.writes == 0 => self.writing_ended(slot, now),
             _ => {}
         }

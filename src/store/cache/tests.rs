@@ -226,7 +226,7 @@ impl<'a> Bench<'a> {
         let epochs: Vec<Epoch> = records.map(|record| cache.epoch_of(record)).collect();
         for meta in cache.meta.iter().filter(|meta| meta.state != State::Free) {
             let account = cache.epochs.counts(meta.epoch);
-            let owed = !matches!(meta.state, State::Clean);
+            let owed = !matches!(meta.state, State::Clean | State::Kept);
             assert!(!owed || account.is_some(), "{meta:?} is on no account");
         }
         for epoch in cache.epochs.open() {
@@ -238,6 +238,8 @@ impl<'a> Bench<'a> {
         let dirty = |meta: &&Meta| !matches!(meta.state, State::Free | State::Clean);
         let dirty = cache.meta.iter().filter(dirty).count();
         assert_eq!(cache.dirty as usize, dirty, "dirty slots");
+        let kept = cache.meta.iter().filter(|meta| meta.state == State::Kept);
+        assert_eq!(cache.kept as usize, kept.count(), "kept slots");
         // Each slot is in one place.
         let mut seen = vec![0; cache.meta.len()];
         for slot in cache.free.iter().chain(&cache.limbo) {

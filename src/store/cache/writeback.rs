@@ -164,6 +164,12 @@ impl Cache {
                 .mask();
             }
         }
+        if mask == 0 {
+            let epoch = meta.epoch;
+            self.set_kept(slot);
+            self.epochs.remove(epoch, true);
+            return false;
+        }
         if mask & !self.hot[slot as usize].valid != 0 {
             // Back to the end of the queue until the rest has been read: the
             // groups alone, since the block may reach past the end of the disk.
@@ -228,7 +234,7 @@ impl Cache {
             // Only what can be joined: from its first sector, without reading.
             let whole = self.group == 1
                 || self.hot[next as usize].valid.count_ones() as u64 == self.sectors;
-            if !ready || meta.dirty & 1 == 0 || !whole {
+            if !ready || shape(meta.block, meta.dirty) & 1 == 0 || !whole {
                 break;
             }
             if meta.state == State::Dirty {
@@ -366,7 +372,7 @@ impl Cache {
     fn inherit(&mut self, newer: Option<u32>, epoch: Epoch, now: Instant) {
         let Some(newer) = newer else { return };
         let meta = self.meta[newer as usize];
-        if meta.state == State::Clean || meta.epoch <= epoch {
+        if matches!(meta.state, State::Clean | State::Kept) || meta.epoch <= epoch {
             return;
         }
         let unwritten = meta.state != State::Written;
@@ -439,6 +445,16 @@ impl Cache {
                 meta.present && meta.sequence == record.sequence && meta.state == State::Written
             });
             match (ok, same) {
+                (true, Some(slot)) if self.meta[slot as usize].dirty & !record.mask != 0 => {
+                    // The rest was not written: it is, or was, of bad ranges.
+                    let meta = &mut self.meta[slot as usize];
+                    meta.dirty &= !record.mask;
+                    meta.state = State::Dirty;
+                    let (epoch, dirty) = (meta.epoch, meta.dirty);
+                    self.arena.narrow(slot, dirty);
+                    self.epochs.unwritten(epoch);
+                    self.queue_front(slot);
+                }
                 (true, Some(slot)) => {
                     self.arena.retire(slot);
                     let meta = &mut self.meta[slot as usize];

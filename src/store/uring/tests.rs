@@ -159,7 +159,6 @@ fn a_read_that_ends_in_part_is_read_whole() {
 
 #[test]
 fn an_error_is_told_with_its_place() {
-    let (write, _) = write();
     let buf = Buf::new(LEN).unwrap();
     let read = Job::Read {
         at: 512,
@@ -167,7 +166,6 @@ fn an_error_is_told_with_its_place() {
         buf,
     };
     let cases = [
-        (write, JobKind::Write, Some(1024)),
         (read, JobKind::Read, Some(512)),
         (Job::Sync, JobKind::Sync, None),
     ];
@@ -180,6 +178,14 @@ fn an_error_is_told_with_its_place() {
         assert_eq!(image.file.bytes(), before);
         assert_eq!(image.syncs.load(Ordering::Relaxed), 0);
     }
+}
+
+#[test]
+fn a_write_that_failed_is_tried_in_parts_by_a_thread() {
+    let (write, data) = write();
+    let (mut disk, image) = engine(Some(Err(libc::EIO)));
+    assert!(done(&mut disk, write).result.is_ok());
+    assert_eq!(image.file.bytes()[1024..][..data.len()], data);
 }
 
 #[test]

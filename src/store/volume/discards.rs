@@ -45,7 +45,7 @@ impl Volume {
         durable: bool,
     ) -> Result<(), Refused> {
         self.last_request = now;
-        if self.trouble.is_degraded() {
+        if self.is_degraded() {
             return Err(Refused::Degraded);
         }
         // Its ends may need a chunk each; what it covers whole needs none.
@@ -76,7 +76,8 @@ impl Volume {
             return self.zero_edges(now);
         }
         let dirty = self.cache.has_dirty() && !shadow::fault!("discard-passes-writes");
-        if self.discarding.submitted || dirty || !self.may_discard() {
+        let tried = self.health.trials() > 0;
+        if self.discarding.submitted || dirty || tried || !self.may_discard() {
             return;
         }
         let extents = match self.parked.front() {
@@ -206,6 +207,7 @@ impl Volume {
             for extent in extents.into_iter().filter(|_| !in_shadow) {
                 self.overtake_fills(extent);
                 self.cache.forget(extent);
+                self.landed(extent, now);
             }
             let epoch = self.cache.record_outside(now);
             if durable {
@@ -214,6 +216,7 @@ impl Volume {
                     epoch,
                     since: now,
                     flush: false,
+                    extent: None,
                 });
                 return;
             }

@@ -264,6 +264,15 @@ impl Volume {
     }
 
     fn begin_freeze(&mut self, uuid: [u8; 16]) {
+        if !self.is_well() {
+            log::error!(
+                "{}: freeze refused: {} does not take some sectors, which are kept in the \
+                 cache; write them again or discard them first",
+                self.export(),
+                self.image()
+            );
+            return;
+        }
         let limit = self.freezing.side.as_ref().and_then(|side| side.limit);
         let slots = self.reserve(limit);
         let block = self.cache.block_bytes();
@@ -390,7 +399,8 @@ impl Volume {
                 slots,
             } => {
                 // A discard that the disk has is of the generation before.
-                if made && !self.discarding.is_submitted() {
+                // What is kept for a bad range is still to come to the image.
+                if made && !self.discarding.is_submitted() && self.is_well() {
                     self.view = Some(View {
                         geometry,
                         map: Map::new(geometry, uuid),
@@ -473,6 +483,7 @@ impl Volume {
                     drain => drain,
                 };
                 let synced = drain.is_some_and(|epoch| self.cache.is_synced(epoch));
+                let synced = synced && self.is_well();
                 if synced && !still {
                     log::info!("{}: frozen: {} is quiesced", self.export(), self.image());
                 }

@@ -9,7 +9,7 @@ use std::time::Instant;
 use shadow::{Extent, Lba, SECTOR};
 
 use super::super::cache::Presence;
-use super::super::disk::{Origin, Part};
+use super::super::disk::{DiskError, Origin, Part};
 use super::super::fair::{self, Initiator, Passed};
 use super::{Job, Queue, Read, Refused, Token, Under, Volume};
 use crate::sys::buffer::{Body, Buf, BufSlice};
@@ -344,7 +344,7 @@ impl Volume {
     }
 
     /// The whole blocks around an extent, as far as they are in the window.
-    fn clip(&self, extent: Extent) -> Extent {
+    pub(super) fn clip(&self, extent: Extent) -> Extent {
         let blocks = self.cache.blocks_around(extent);
         let first = self.bounds.start / SECTOR;
         let start = blocks.start().0.max(first);
@@ -433,7 +433,13 @@ impl Volume {
         })
     }
 
-    pub(super) fn fill_ended(&mut self, fill: Fill, data: Option<BufSlice>, now: Instant) {
+    pub(super) fn fill_ended(
+        &mut self,
+        fill: Fill,
+        data: Option<BufSlice>,
+        error: Option<&DiskError>,
+        now: Instant,
+    ) {
         self.gathers -= usize::from(fill.gathers);
         self.reading -= usize::from(fill.is_read());
         self.reads_ended += usize::from(fill.is_read());
@@ -457,7 +463,7 @@ impl Volume {
             }
             if fill.completes {
                 self.cache.not_completed(fill.span);
-                self.failed(now);
+                self.not_completed(fill.span, error, now);
             }
             return;
         };

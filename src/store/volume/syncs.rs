@@ -4,7 +4,7 @@
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
-use shadow::{Chunk, Commit, SECTOR};
+use shadow::{Chunk, Commit, Extent, SECTOR};
 
 use super::super::cache::{Epoch, Record};
 use super::super::disk::{Job, JobId};
@@ -36,6 +36,8 @@ pub(super) struct Waiter {
     pub since: Instant,
     /// A flush is told of a failure; a write waits for the next try.
     pub flush: bool,
+    /// Of a write its sectors.
+    pub extent: Option<Extent>,
 }
 
 impl Waiter {
@@ -130,7 +132,8 @@ impl Volume {
         // Without anyone waiting: when an eighth of the cache is written and
         // only a sync is missing to make it clean, or a write needs a slot.
         let many = self.cache.awaiting_sync() >= self.cache.slots() as usize / 8;
-        let pressed = !self.parked.is_empty() && self.writing == 0;
+        let waits = !self.parked.is_empty() || self.health.has_waiting();
+        let pressed = waits && self.writing == 0;
         let wanted = [self.round, self.flushing, self.freeze_wants()];
         if wanted.into_iter().any(ready) || many || pressed || failing {
             self.round = None;
@@ -327,6 +330,7 @@ impl Volume {
                 .trouble
                 .epoch
                 .is_none_or(|epoch| self.cache.is_synced(epoch));
+            let over = over && !self.has_kept_too_much();
             if over && std::mem::take(&mut self.trouble).degraded {
                 log::warn!(
                     "{}: {}: the disk takes writes again",
@@ -340,9 +344,8 @@ impl Volume {
         }
     }
 
-    /// A write-back or a sync has failed: what it was about stays dirty, and is
-    /// tried again after a while.
-    pub(super) fn failed(&mut self, now: Instant) {
+    /// Tells those who flush that something is not on stable storage.
+    pub(super) fn fail_flushes(&mut self) {
         for waiter in std::mem::take(&mut self.until_synced) {
             if waiter.flush {
                 self.complete(waiter.token, None, false);
@@ -350,6 +353,18 @@ impl Volume {
                 self.until_synced.push_back(waiter);
             }
         }
+    }
+
+    /// The image as a whole takes no writes.
+    pub(super) fn degrade(&mut self, now: Instant) {
+        self.trouble.rounds = ROUNDS_MAX;
+        self.failed(now);
+    }
+
+    /// A write-back or a sync has failed: what it was about stays dirty, and is
+    /// tried again after a while.
+    pub(super) fn failed(&mut self, now: Instant) {
+        self.fail_flushes();
         if self.trouble.rests(now) {
             // Of the same round.
             return;
@@ -431,13 +446,14 @@ impl Volume {
     /// done.
     fn give_up_parked(&mut self, now: Instant) {
         let (patience, progress) = (self.options.io_patience, self.progress.at());
-        let is_old = |parked: &ParkedWrite| {
-            now.saturating_duration_since(parked.since().max(progress)) >= patience
-        };
+        let is_late =
+            |since: Instant| now.saturating_duration_since(since.max(progress)) >= patience;
+        self.fail_trials(|trial| is_late(trial.since));
         // A discard that the disk has ends by itself.
         let first = usize::from(self.discarding.is_submitted());
         let is_zeros = |parked: &ParkedWrite| matches!(parked, ParkedWrite::Zeros { .. });
-        let ends = |parked: &ParkedWrite| is_old(parked) && (first == 0 || !is_zeros(parked));
+        let ends =
+            |parked: &ParkedWrite| is_late(parked.since()) && (first == 0 || !is_zeros(parked));
         while self.parked.get(first).is_some_and(ends) {
             if first == 0 && self.is_discarding() {
                 self.discard_ended(false, now);

@@ -15,6 +15,7 @@ use std::path::Path;
 use std::rc::Rc;
 use std::sync::Mutex;
 
+mod bad_sectors;
 mod freezing;
 mod limits;
 mod slow;
@@ -59,6 +60,39 @@ struct PowerFile {
     power: Mutex<Power>,
     /// Takes only whole blocks of so many bytes.
     align: usize,
+    bad: Mutex<Bad>,
+}
+
+/// Sectors, by their numbers in the file, that cannot be read or written.
+#[derive(Debug, Default)]
+struct Bad {
+    /// Whatever is written.
+    hard: Vec<u64>,
+    /// Until the whole block of 4096 bytes is written, as one that the disk
+    /// cannot read to change a part of it.
+    soft: Vec<u64>,
+}
+
+impl Bad {
+    /// Whether these bytes can be read.
+    fn reads(&self, offset: u64, len: usize) -> bool {
+        let range = offset / 512..(offset + len as u64).div_ceil(512);
+        !self
+            .hard
+            .iter()
+            .chain(&self.soft)
+            .any(|bad| range.contains(bad))
+    }
+
+    /// Whether these bytes can be written; a soft sector is well afterwards.
+    fn writes(&mut self, offset: u64, len: usize) -> bool {
+        let range = offset / 512..(offset + len as u64) / 512;
+        let whole =
+            |bad: &u64| range.contains(&(bad / 8 * 8)) && range.contains(&(bad / 8 * 8 + 7));
+        self.soft.retain(|bad| !whole(bad));
+        let mut bad = self.hard.iter().chain(&self.soft);
+        !bad.any(|bad| range.contains(bad))
+    }
 }
 
 #[derive(Debug)]
@@ -86,6 +120,7 @@ impl PowerFile {
         PowerFile {
             power: Mutex::new(power),
             align,
+            bad: Mutex::default(),
         }
     }
 
@@ -125,11 +160,17 @@ impl BlockFile for PowerFile {
     fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
         let at = offset as usize;
         self.check(offset, buf.len());
+        if !self.bad.lock().unwrap().reads(offset, buf.len()) {
+            return Err(io::Error::other("a bad sector"));
+        }
         buf.copy_from_slice(&self.power.lock().unwrap().live[at..at + buf.len()]);
         Ok(())
     }
     fn write_at(&self, data: &[u8], offset: u64) -> io::Result<()> {
         self.check(offset, data.len());
+        if !self.bad.lock().unwrap().writes(offset, data.len()) {
+            return Err(io::Error::other("a bad sector"));
+        }
         let mut power = self.power.lock().unwrap();
         let at = offset as usize;
         power.live[at..at + data.len()].copy_from_slice(data);
@@ -152,6 +193,7 @@ impl Backing for PowerFile {
         self.read_at(buf, offset).is_ok()
     }
     fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
+        self.bad.lock().unwrap().soft.clear();
         self.write_at(&vec![0; len as usize], offset)
     }
     fn align(&self) -> usize {
@@ -165,8 +207,6 @@ struct Fate {
     seed: u64,
     /// Of 256 jobs so many fail.
     failing: u8,
-    /// A byte whose sector cannot be written.
-    bad: Option<u64>,
     /// Whether reads are answered from memory.
     now: bool,
 }
@@ -179,17 +219,6 @@ impl Fate {
             .wrapping_add(1442695040888963407);
         (self.seed >> 33) as usize
     }
-}
-
-/// Whether a job writes this byte.
-fn reaches(job: &Job, byte: u64) -> bool {
-    let Job::Write(segments) = job else {
-        return false;
-    };
-    segments.iter().any(|segment| {
-        let len: usize = segment.pieces.iter().map(|piece| piece.len()).sum();
-        (segment.at..segment.at + len as u64).contains(&byte)
-    })
 }
 
 /// A disk that ends the jobs under way in an order drawn by lot.
@@ -211,8 +240,7 @@ impl Disk for Lots {
             return None;
         }
         let (id, job) = self.jobs.swap_remove(fate.draw() % self.jobs.len());
-        let bad = fate.bad.is_some_and(|at| reaches(&job, at));
-        let fails = bad || fate.draw() % 256 < usize::from(fate.failing);
+        let fails = fate.draw() % 256 < usize::from(fate.failing);
         if !fails {
             return Some(match &self.pair {
                 Some(pair) => job.run(id, &**pair),
@@ -224,7 +252,7 @@ impl Disk for Lots {
                 // A part of it may have got there.
                 if let Some(Segment { at, pieces }) = segments.first() {
                     let part = self.file.align.max(512).min(pieces[0].len());
-                    self.file.write_at(&pieces[0][..part], *at).unwrap();
+                    let _ = self.file.write_at(&pieces[0][..part], *at);
                 }
                 JobKind::Write
             }
@@ -250,7 +278,7 @@ impl Disk for Lots {
                 JobKind::Sync
             }
             Job::Step(_) => JobKind::Step,
-            Job::Discard(_) => JobKind::Write,
+            Job::Discard(_) | Job::Try { .. } => JobKind::Write,
             _ => JobKind::Read,
         };
         let source = io::Error::other("by lot");
@@ -258,6 +286,7 @@ impl Disk for Lots {
             kind,
             name: "lots".into(),
             offset: None,
+            parts: Vec::new(),
             source,
         };
         Some(Done {
@@ -430,7 +459,6 @@ impl World {
         let fate = Rc::new(RefCell::new(Fate {
             seed,
             failing,
-            bad: None,
             now: !direct,
         }));
         let pair = Arc::new(freezing::Pair::new(Arc::clone(&file), start));
@@ -550,6 +578,9 @@ impl World {
                 let _ = self.volume.order(self.now, Order::Thaw, [7; 16]);
             }
             19 if count == 1 => self.kill(),
+            20 => self.damage(start, count, false),
+            21 if count < 8 => self.damage(start, count, true),
+            21 => self.repair(),
             14 => self.now += Duration::from_millis(count * 150),
             _ => {
                 for _ in 0..count {
@@ -562,9 +593,24 @@ impl World {
         }
     }
 
+    /// Makes sectors bad.
+    fn damage(&mut self, start: u64, count: u64, hard: bool) {
+        let first = self.start / 512 + start;
+        let end = first + count.min(SECTORS - start).min(3);
+        let mut bad = self.file.bad.lock().unwrap();
+        let list = if hard { &mut bad.hard } else { &mut bad.soft };
+        list.extend(first..end);
+    }
+
+    /// Makes all sectors good.
+    fn repair(&mut self) {
+        *self.file.bad.lock().unwrap() = Bad::default();
+    }
+
     /// Goes on without failures until nothing is under way.
     fn settle(&mut self) {
         self.fate.borrow_mut().failing = 0;
+        self.repair();
         self.volume.drain();
         for _ in 0..100_000 {
             self.advance();
@@ -580,7 +626,7 @@ impl World {
 }
 
 fn operations() -> impl Strategy<Value = Vec<(u8, u64, u64)>> {
-    proptest::collection::vec((0u8..20, 0u64..SECTORS, 1u64..21), 1..250)
+    proptest::collection::vec((0u8..22, 0u64..SECTORS, 1u64..21), 1..250)
 }
 
 proptest! {
@@ -628,40 +674,12 @@ fn a_large_buffer_comes_back_to_the_large_ones() {
 }
 
 #[test]
-fn one_bad_sector_keeps_no_other_from_stable_storage_and_is_not_forgotten() {
-    let mut world = World::new(7, 40, true, 1, 0);
-    let byte = |sector: u64| world.start + sector * 512;
-    let (bad, good) = (byte(10), byte(60) as usize);
-    world.fate.borrow_mut().bad = Some(bad);
-    // One after the other, so that they are two jobs of the disk.
-    world.step(5, 10, 1);
-    world.step(5, 60, 1);
-    let began = world.now;
-    let age = world.volume.options.max_dirty_age;
-    while world.now - began < age {
-        for _ in 0..50 {
-            world.advance();
-        }
-        world.now += Duration::from_millis(100);
-    }
-    let durable = world.file.power.lock().unwrap().durable[good..good + 512].to_vec();
-    assert_eq!(value_of(&durable), world.model.history[60][1]);
-    // The sync of the others is not taken for the end of it.
-    assert!(world.volume.is_degraded());
-    world.check_kill();
-
-    world.fate.borrow_mut().bad = None;
-    world.settle();
-    assert!(!world.volume.is_degraded());
-    world.model.flushed.clone_from(&world.model.acked);
-    world.check_cut();
-}
-
-#[test]
 fn what_lies_behind_the_new_end_of_an_image_is_dropped_and_degrades_nothing() {
     let mut world = World::new(7, 40, true, 1, 0);
     // The disk became smaller already, and takes nothing behind sector 50.
-    world.fate.borrow_mut().bad = Some(world.start + 60 * 512);
+    let first = world.start / 512;
+    let behind = first + 50..first + SECTORS;
+    world.file.bad.lock().unwrap().hard.extend(behind);
     world.step(5, 10, 1);
     world.step(5, 60, 3);
     let began = world.now;
@@ -671,18 +689,20 @@ fn what_lies_behind_the_new_end_of_an_image_is_dropped_and_degrades_nothing() {
         }
         world.now += Duration::from_millis(100);
     }
-    assert!(world.volume.is_degraded());
+    assert!(!world.volume.is_well());
     let bounds = Bounds {
         start: world.start,
         sectors: 50,
     };
     world.volume.resize(world.now, bounds);
-    world.settle();
-    assert!(!world.volume.is_degraded());
+    world.volume.drain();
+    for _ in 0..1000 {
+        world.advance();
+    }
+    assert!(world.volume.is_idle() && world.volume.is_well());
     let bytes = world.file.live();
     let sector = |n: u64| value_of(&bytes[(world.start + n * 512) as usize..][..512]);
     assert_eq!(sector(10), world.model.history[10][1]);
-    // The failed write left a part: its first sector.
-    assert_eq!([61, 62].map(sector), [0, 0]);
+    assert_eq!([60, 61, 62].map(sector), [0, 0, 0]);
     assert_eq!(world.left_in_arena(), 0);
 }

@@ -8,6 +8,7 @@ use shadow::{Chunk, Extent, Lba, SECTOR};
 use super::super::cache::{Epoch, Run};
 use super::super::disk::Segment;
 use super::freeze::Destination;
+use super::health::Trial;
 use super::syncs::Waiter;
 use super::{Job, Refused, Token, Under, Volume, Write};
 use crate::sys::buffer::BufSlice;
@@ -63,7 +64,7 @@ impl Volume {
         durable: bool,
     ) -> Result<Write, Refused> {
         self.last_request = now;
-        if self.trouble.is_degraded() {
+        if self.is_degraded() {
             return Err(Refused::Degraded);
         }
         if self.holds_writes(now, extent.count()) {
@@ -73,19 +74,20 @@ impl Volume {
         let waits = durable || self.options.write_through;
         let mut given = None;
         // In order: nothing overtakes what waits already.
-        if self.parked.is_empty() {
+        let is_bad = self.health.concerns(extent);
+        if self.parked.is_empty() && !is_bad {
             if waits {
                 given = Some(token().ok_or(Refused::NoRoom)?);
             }
             if let Ok(epoch) = self.cache.write(extent, data, now) {
                 self.overtake_fills(extent);
                 return Ok(match given {
-                    Some(token) => self.wait_for(now, token, epoch, durable),
+                    Some(token) => self.wait_for(now, token, extent, epoch, durable),
                     None => Write::Done,
                 });
             }
         }
-        let room = self.parked.len() < super::PARKED_MAX
+        let room = self.parked.len() + self.health.trials() < super::PARKED_MAX
             && (self.parked_bytes == 0
                 || self.parked_bytes + data.len() <= self.options.parked_max);
         let buf = if room { self.bufs.take() } else { None };
@@ -100,6 +102,16 @@ impl Volume {
             range: 0..data.len(),
         };
         self.parked_bytes += data.len();
+        if self.parked.is_empty() && is_bad {
+            self.push_trial(Trial {
+                token,
+                since: now,
+                extent,
+                data,
+                durable,
+            });
+            return Ok(Write::Parked);
+        }
         self.parked.push_back(ParkedWrite::Write {
             token,
             since: now,
@@ -111,12 +123,20 @@ impl Volume {
     }
 
     /// What a write that the cache has taken still waits for.
-    fn wait_for(&mut self, now: Instant, token: Token, epoch: Epoch, durable: bool) -> Write {
+    pub(super) fn wait_for(
+        &mut self,
+        now: Instant,
+        token: Token,
+        extent: Extent,
+        epoch: Epoch,
+        durable: bool,
+    ) -> Write {
         let waiter = Waiter {
             token,
             epoch,
             since: now,
             flush: false,
+            extent: Some(extent),
         };
         if durable {
             self.until_synced.push_back(waiter);
@@ -136,11 +156,19 @@ impl Volume {
     ) -> Result<(), Refused> {
         let token = token().ok_or(Refused::NoRoom)?;
         let epoch = self.cache.close_epoch();
+        if !self.keeps_nothing() {
+            // What is kept for a bad range is on no stable storage; the rest is
+            // to be.
+            self.flushing = self.flushing.max(Some(epoch));
+            self.complete(token, None, false);
+            return Ok(());
+        }
         self.until_synced.push_back(Waiter {
             token,
             epoch,
             since: now,
             flush: true,
+            extent: None,
         });
         Ok(())
     }
@@ -156,6 +184,16 @@ impl Volume {
                     data,
                     durable,
                 } => {
+                    if self.health.concerns(extent) {
+                        self.push_trial(Trial {
+                            token,
+                            since,
+                            extent,
+                            data,
+                            durable,
+                        });
+                        continue;
+                    }
                     let len = data.len();
                     // When it came, what waits before it had no place in the
                     // shadow yet.
@@ -175,7 +213,7 @@ impl Volume {
                     self.overtake_fills(extent);
                     self.parked_bytes -= len;
                     self.bufs.put(data.buf);
-                    if self.wait_for(now, token, epoch, durable) == Write::Done {
+                    if self.wait_for(now, token, extent, epoch, durable) == Write::Done {
                         self.complete(token, None, true);
                     }
                 }
@@ -229,7 +267,8 @@ impl Volume {
             .max(self.freeze_wants())
             .max(self.round);
         let (dirty, max) = self.cache.dirty();
-        let pressed = dirty > max / 4 * 3 || !self.parked.is_empty();
+        let waits = !self.parked.is_empty() || self.health.has_waiting();
+        let pressed = dirty > max / 4 * 3 || waits;
         if pressed {
             Some(self.cache.epoch())
         } else {
@@ -274,7 +313,7 @@ impl Volume {
                 break;
             }
             // There is room: a number was free.
-            let (under, job) = (Under::Write(slots), Job::Write(segments));
+            let (under, job) = (Under::Write { slots, to_shadow }, Job::Write(segments));
             let _ = if to_shadow {
                 self.submit_on_shadow(under, job)
             } else {
@@ -300,7 +339,13 @@ impl Volume {
     fn next_run(&mut self, until: Epoch, to_shadow: bool) -> Option<Run> {
         let sectors = self.cache.block_bytes() / SECTOR;
         let Some(view) = self.view.as_ref().filter(|v| to_shadow || !v.is_plain()) else {
-            return self.cache.next_run(until, RUN_MAX, &|_, dirty| dirty);
+            // Bad ranges are there only while there is no shadow.
+            let health = &self.health;
+            if health.is_good() {
+                return self.cache.next_run(until, RUN_MAX, &|_, dirty| dirty);
+            }
+            let shape = |block: u64, dirty: u64| dirty & !health.mask(block * sectors, sectors);
+            return self.cache.next_run(until, RUN_MAX, &shape);
         };
         let shape = |block: u64, dirty: u64| {
             view.shape(block * sectors, dirty, |chunk| match chunk {

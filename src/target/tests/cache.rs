@@ -261,11 +261,17 @@ fn a_disk_that_takes_no_writes_is_left_to_readers_and_comes_back_by_itself() {
         broken(&bench, true);
         let mut rounds = 0;
         while !bench.target.volume().is_degraded() {
-            // Until then writes are taken, and flushes told the truth.
-            bench.write(8, &sectors(rounds, 2));
+            // Until then writes are taken, and flushes told the truth. Failed
+            // writes are a matter of their sectors, up to a part of the cache.
+            let lba = if writes {
+                [8, 16, 24][rounds.min(2)]
+            } else {
+                8
+            };
+            bench.write(lba, &sectors(rounds as u8, 2));
             assert_eq!(registers(&bench.ask_patiently(&Ask::flush())), (0x61, 4, 0));
             rounds += 1;
-            assert!(rounds <= 3, "not given up after three rounds");
+            assert!(rounds <= 3, "not given up");
         }
         assert_eq!(rounds, 3);
         for ask in [
@@ -291,7 +297,8 @@ fn a_disk_that_takes_no_writes_is_left_to_readers_and_comes_back_by_itself() {
         assert!(!bench.target.volume().is_degraded());
         assert!(bench.now - before <= Duration::from_secs(5));
         assert_eq!(bench.stable()[..1024], sectors(1, 2));
-        assert_eq!(bench.stable()[8 * 512..10 * 512], sectors(2, 2));
+        let last = if writes { 24 } else { 8 };
+        assert_eq!(bench.stable()[last * 512..(last + 2) * 512], sectors(2, 2));
         bench.write(32, &sectors(7, 2));
         assert_eq!(registers(&bench.ask(&Ask::flush())), (0x40, 0, 0));
         assert_eq!(bench.stable()[32 * 512..34 * 512], sectors(7, 2));
@@ -670,7 +677,7 @@ fn what_waits_for_room_is_told_when_the_disk_fails() {
             ..Room::default()
         };
         let mut bench = Bench::with_room(settings, room);
-        bench.medium.write_fails.store(true, Ordering::Relaxed);
+        bench.medium.sync_fails.store(true, Ordering::Relaxed);
         bench.send(SMALL, ALICE, &Ask::write(0, &sectors(1, 2)));
         bench.pump();
         let start = bench.now;
@@ -686,8 +693,9 @@ fn what_waits_for_room_is_told_when_the_disk_fails() {
                 assert_eq!(registers(&reply).0, 0x61);
             }
         }
-        assert_eq!(bench.now - start, IO_PATIENCE);
-        bench.medium.write_fails.store(false, Ordering::Relaxed);
+        let most = IO_PATIENCE + Duration::from_secs(2);
+        assert!((IO_PATIENCE..most).contains(&(bench.now - start)));
+        bench.medium.sync_fails.store(false, Ordering::Relaxed);
         let bytes = bench.bytes();
         assert_eq!(bytes[..1024], sectors(1, 2));
         assert_eq!(bytes[16 * 512..18 * 512], sectors(0, 2));
