@@ -48,6 +48,34 @@ fn congestion_delays_replies_to_its_sender_alone() {
 }
 
 #[test]
+fn replies_that_come_from_the_disk_wait_for_nobody_elses_pace() {
+    let mut bench = Bench::new();
+    for number in 0..20 {
+        let number = number.to_string();
+        bench.extend(SMALL, ALICE, &["congestion", &number]);
+    }
+    for n in 0..20 {
+        bench.tagged(SMALL, ALICE, n, &Ask::read(0, 2));
+    }
+    // Of these hosts nothing is remembered on that NIC.
+    bench.shut();
+    let others = [(SMALL, BOB), (JUMBO, ALICE), (JUMBO, CAROL)];
+    for (nic, from) in others {
+        let got = bench.send(nic, from, &Ask::read(32, 2));
+        assert!(matches!(got, Got::Parked), "{got:?}");
+    }
+    bench.open();
+    let replies = bench.pump();
+    let told = |(nic, from)| {
+        let answered = |(on, reply): &(NicId, Reply)| {
+            *on == nic && reply.destination() == host(from) && reply.ata().unwrap().lba == 32
+        };
+        replies.iter().any(answered)
+    };
+    assert!(others.into_iter().all(told), "{replies:?}");
+}
+
+#[test]
 fn beyond_the_bound_frames_are_dropped_and_come_again() {
     let mut bench = Bench::new();
     bench.extend(SMALL, ALICE, COUNTING);
