@@ -98,7 +98,9 @@ impl Trims {
                 let bed = &self.bed;
                 let target = &self.target;
                 let _says = Says(target);
-                let heard = |line: &String| line.contains("to merge");
+                let heard = |line: &String| {
+                    line.contains(": thaw: ") || line.contains("thaw of before goes on")
+                };
                 if bed.shadow().exists() && !target.output().iter().any(heard) {
                     order(target, 2);
                 }
