@@ -5,122 +5,29 @@
 //! taken away when all is in the image: a start that does not find what a
 //! record speaks of must not serve an image that is out of date.
 
+mod error;
 mod lock;
 mod place;
 mod record;
 
-use std::fmt;
 use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use parking_lot::{Mutex, RwLock};
-use shadow::{
-    BlockFile, Found, PathError, Paths, RealFiles, Shadow, Spec, State, header_page, paths,
-};
+use shadow::{BlockFile, Found, Paths, RealFiles, Shadow, Spec, State, header_page, paths};
 
 use super::disk::{Backing, Origin, Part, Step};
 use super::image::Image;
 use super::volume::LeftShadow;
 use crate::sys::buffer::Body;
 
+pub use error::ShadowError;
+
 use lock::open_lock;
-use place::{Place, RealPlace, ShadowedImage};
+use place::{Place, RealPlace, ShadowedImage, probe};
 use record::Record;
-
-/// Why a start is refused for its shadow.
-#[derive(Debug)]
-pub enum ShadowError {
-    /// The file itself.
-    Path(PathError),
-    /// It belongs to another image, or to another state of this one; how it
-    /// differs.
-    OtherImage(PathBuf, String),
-    /// There are two of them.
-    Twice(PathBuf, PathBuf),
-    /// A record names a shadow that was not given, or another one.
-    NotGiven(PathBuf),
-    /// A record names one of another window, which shares sectors with ours;
-    /// the first of them and how many.
-    OtherWindow(PathBuf, u64, u64),
-    /// A record names a shadow that is not there.
-    Gone(PathBuf),
-    /// It is there, and the image is read-only.
-    ReadOnly(PathBuf),
-    /// A marker is there, and the shadow that it stands for is not.
-    MarkerAlone(PathBuf, PathBuf),
-    /// The record, or its directory.
-    Record(PathBuf, String),
-    /// Bringing it up to date.
-    Io(PathBuf, &'static str, io::Error),
-}
-
-impl fmt::Display for ShadowError {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            ShadowError::Path(e) => write!(f, "{e}"),
-            ShadowError::OtherImage(path, how) => write!(
-                f,
-                "shadow {}: is none of this image ({how}); move it away or name another with -f",
-                path.display()
-            ),
-            ShadowError::Twice(one, other) => write!(
-                f,
-                "shadow {}: there is {} as well; move the one away that is not of this image",
-                one.display(),
-                other.display()
-            ),
-            ShadowError::NotGiven(path) => write!(
-                f,
-                "the image is frozen, and what was written since is in {}; start with -f {}, or \
-                 --discard-shadow gives those writes up",
-                path.display(),
-                path.display()
-            ),
-            ShadowError::OtherWindow(path, first, sectors) => write!(
-                f,
-                "shadow {} holds writes to sectors of this export, since another window of the \
-                 image is frozen; start with -o {first} -l {sectors} and thaw it first",
-                path.display()
-            ),
-            ShadowError::Gone(path) => write!(
-                f,
-                "shadow {} is not there, and holds writes that were acknowledged; bring it back, \
-                 or --discard-shadow gives them up",
-                path.display()
-            ),
-            ShadowError::ReadOnly(path) => write!(
-                f,
-                "shadow {} is not merged yet, which changes the image; start once without -r and \
-                 with -f {}, and thaw it",
-                path.display(),
-                path.display()
-            ),
-            ShadowError::MarkerAlone(marker, shadow) => write!(
-                f,
-                "{} is the marker of shadow {}, which is not there; bring that file back, or \
-                 --discard-shadow gives up what it holds",
-                marker.display(),
-                shadow.display()
-            ),
-            ShadowError::Record(path, what) => {
-                write!(f, "shadow record {}: {what}", path.display())
-            }
-            ShadowError::Io(path, what, e) => {
-                write!(f, "shadow {}: {what}: {e}; it is kept", path.display())
-            }
-        }
-    }
-}
-
-impl std::error::Error for ShadowError {}
-
-impl From<PathError> for ShadowError {
-    fn from(e: PathError) -> ShadowError {
-        ShadowError::Path(e)
-    }
-}
 
 /// What is asked for of a shadow at a start.
 #[derive(Clone, Debug)]
@@ -594,26 +501,6 @@ impl<P: Place> ShadowStore<P> {
         *slot = None;
         Ok(())
     }
-}
-
-/// Whether a shadow could be made there: tried with a file of no name.
-fn probe(path: &Path) -> Result<(), ShadowError> {
-    let fail = |what| move |e| ShadowError::Io(path.to_owned(), what, e);
-    let paths = Paths::of(path);
-    let directory = path.parent().unwrap_or(Path::new("/"));
-    let file = tempfile::tempfile_in(directory).map_err(fail("making a file beside it"))?;
-    const LEN: u64 = 4 << 20;
-    file.set_len(LEN).map_err(fail("giving a file a length"))?;
-    let taken = std::os::unix::fs::MetadataExt::blocks(
-        &file.metadata().map_err(fail("looking at a file"))?,
-    ) * 512;
-    if taken > LEN / 4 {
-        return Err(ShadowError::Path(PathError {
-            path: paths.shadow,
-            why: paths::Trouble::NoHoles,
-        }));
-    }
-    Ok(())
 }
 
 impl<P: Place> BlockFile for ShadowStore<P> {

@@ -11,6 +11,7 @@ use shadow::{BlockFile, Files, Identity, PathError, Paths, RealFiles, Shadow, Sh
 
 use super::super::image::{Image, keep_no_access_time, write_pieces};
 use super::super::volume::Bounds;
+use super::ShadowError;
 use crate::sys::buffer::Body;
 use crate::sys::file::{push, read_now};
 
@@ -174,4 +175,24 @@ impl Place for RealPlace {
     fn push(&self, file: &ShadowFile, offset: u64, len: u64) -> io::Result<()> {
         push(file.as_file(), offset, len)
     }
+}
+
+/// Whether a shadow could be made there: tried with a file of no name.
+pub(super) fn probe(path: &Path) -> Result<(), ShadowError> {
+    let fail = |what| move |e| ShadowError::Io(path.to_owned(), what, e);
+    let paths = Paths::of(path);
+    let directory = path.parent().unwrap_or(Path::new("/"));
+    let file = tempfile::tempfile_in(directory).map_err(fail("making a file beside it"))?;
+    const LEN: u64 = 4 << 20;
+    file.set_len(LEN).map_err(fail("giving a file a length"))?;
+    let taken = std::os::unix::fs::MetadataExt::blocks(
+        &file.metadata().map_err(fail("looking at a file"))?,
+    ) * 512;
+    if taken > LEN / 4 {
+        return Err(ShadowError::Path(PathError {
+            path: paths.shadow,
+            why: paths::Trouble::NoHoles,
+        }));
+    }
+    Ok(())
 }
