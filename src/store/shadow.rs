@@ -249,7 +249,7 @@ pub(super) fn find<P: Place>(
         .find(&paths)
         .map_err(|e| ShadowError::Io(path.to_owned(), "looking for it", e))?;
     let name = match found.files.as_slice() {
-        [] if recorded.is_some() => return Err(ShadowError::Gone(path.to_owned())),
+        // The marker says under which name the shadow was.
         [] => match found.markers.first() {
             Some((marker, _)) => {
                 let other = match marker {
@@ -259,6 +259,7 @@ pub(super) fn find<P: Place>(
                 let marker = marker.path(&paths).to_owned();
                 return Err(ShadowError::MarkerAlone(marker, other.clone()));
             }
+            None if recorded.is_some() => return Err(ShadowError::Gone(path.to_owned())),
             None => return probe(path).map(|()| None),
         },
         [name] => *name,

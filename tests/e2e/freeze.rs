@@ -306,7 +306,14 @@ fn a_start_without_the_shadow_is_refused() {
     let away = bed.store.path().join("away");
     fs::rename(bed.shadow(), &away).unwrap();
     let said = bed.refused(&["-f", &path]);
-    assert!(said.contains("is not there"), "{said}");
+    let marker = format!("{path}.thaw is the marker of shadow {path}, which is not there");
+    assert!(said.contains(&marker), "{said}");
+    let thaw = bed.store.path().join("shadow.img.thaw");
+    let marker = fs::read(&thaw).unwrap();
+    fs::remove_file(&thaw).unwrap();
+    let said = bed.refused(&["-f", &path]);
+    assert!(said.contains("is not there, and holds writes"), "{said}");
+    fs::write(&thaw, marker).unwrap();
     fs::rename(&away, bed.shadow()).unwrap();
     let target = bed.start(&[]);
     assert!(bed.seen()[..4096] == data(1, 8));
