@@ -25,11 +25,11 @@ use crate::sys::packet::BATCH;
 use crate::sys::signals::{Event, Signals};
 use crate::target::{Action, Target};
 use crate::text::count;
-use crate::wire::{Address, MacAddr, sectors_per_frame};
+use crate::wire::{Address, MacAddr};
 
 use claim::Claim;
 pub use error::ServeError;
-use report::Report;
+use report::{Report, describe_nic};
 use wait::Wait;
 
 /// Turns with work before the loop looks at signals and links.
@@ -345,10 +345,10 @@ impl Export {
             log::info!("{} stopped: {}", self.address, self.target.counters());
             // The record first: without it nobody looks for the arena.
             if let Some(Err(e)) = self.record.take().map(|record| record.remove(&self.image)) {
-                log::warn!("removing the record of the arena: {e}");
+                log::warn!("{}: removing the record of the arena: {e}", self.address);
             }
             if let Err(e) = self.target.volume().remove_arena() {
-                log::warn!("removing the arena: {e}");
+                log::warn!("{}: removing the arena: {e}", self.address);
             }
             return Some(Ok(()));
         }
@@ -459,16 +459,17 @@ impl Export {
         }
         match self.image.bounds() {
             Ok(bounds) => {
-                let (before, now) = (self.target.sectors(), bounds.sectors);
+                let before = self.target.sectors();
+                let sectors = count(bounds.sectors, "sector");
                 if self.target.resize(Instant::now(), bounds) {
-                    log::info!("{}: {now} sectors, {before} before", self.address);
+                    log::info!("{}: {sectors}, {before} before", self.address);
                 } else {
-                    log::info!("{}: still {now} sectors", self.address);
+                    log::info!("{}: still {sectors}", self.address);
                 }
             }
             Err(why) => {
                 let path = self.image.path().to_owned();
-                log::error!("size kept: {}", ImageError { path, why });
+                log::error!("{}: size kept: {}", self.address, ImageError { path, why });
             }
         }
         self.advertise_everywhere();
@@ -499,7 +500,7 @@ impl Export {
                     log::info!("{}: {}", self.address, describe_nic(&self.nics[index]));
                     match self.attach(index) {
                         Ok(()) => self.advertise(id),
-                        Err(e) => log::error!("{e}"),
+                        Err(e) => log::error!("{}: {e}", self.address),
                     }
                 }
             }
@@ -593,16 +594,4 @@ fn uuid() -> [u8; 16] {
     let number =
         number.unwrap_or_else(|_| u128::from(real_time()) << 64 | u128::from(std::process::id()));
     number.to_be_bytes()
-}
-
-fn describe_nic(nic: &Nic) -> String {
-    match nic.link {
-        Some(link) => {
-            let (mac, mtu) = (MacAddr(link.mac), link.mtu);
-            let sectors = count(u64::from(sectors_per_frame(mtu)), "sector");
-            let down = if link.running { "" } else { ", link down" };
-            format!("{}: {mac}, MTU {mtu}, {sectors} per frame{down}", nic.name)
-        }
-        None => format!("{}: not there", nic.name),
-    }
 }

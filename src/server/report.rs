@@ -1,9 +1,12 @@
-//! The counters in the log, as often as -v asks for.
+//! What is told of an export: its interfaces, and the counters in the log, as often
+//! as -v asks for.
 
 use std::time::{Duration, Instant};
 
+use crate::net::Nic;
 use crate::target::Counters;
-use crate::wire::Address;
+use crate::text::count;
+use crate::wire::{Address, MacAddr, sectors_per_frame};
 
 /// How often with -v.
 const SELDOM: Duration = Duration::from_secs(60);
@@ -46,6 +49,19 @@ impl Report {
         }
         self.told = counters.clone();
         Some(format!("{address}: {counters}"))
+    }
+}
+
+/// The line of an interface.
+pub(super) fn describe_nic(nic: &Nic) -> String {
+    match nic.link {
+        Some(link) => {
+            let (mac, mtu) = (MacAddr(link.mac), link.mtu);
+            let sectors = count(u64::from(sectors_per_frame(mtu)), "sector");
+            let down = if link.running { "" } else { ", link down" };
+            format!("{}: {mac}, MTU {mtu}, {sectors} per frame{down}", nic.name)
+        }
+        None => format!("{}: not there", nic.name),
     }
 }
 
