@@ -10,7 +10,9 @@
 //! There are no bad ranges while there is a shadow: image and shadow must not
 //! differ by what the cache keeps, so a failure then is one of the whole image.
 
-use std::collections::{BTreeMap, VecDeque};
+mod ranges;
+
+use std::collections::VecDeque;
 use std::io;
 use std::time::{Duration, Instant};
 
@@ -21,9 +23,11 @@ use super::syncs::Waiter;
 use super::{Completed, Token, Under, Volume, Write, sectors};
 use crate::sys::buffer::BufSlice;
 
-/// The most bad ranges, and the part of the cache that may be kept for them;
-/// beyond, the image as a whole takes no writes.
-const RANGES_MAX: usize = 1024;
+use ranges::Ranges;
+
+/// The part of the cache that may be kept for bad ranges; beyond, and beyond
+/// [`RANGES_MAX`](ranges::RANGES_MAX) of them, the image as a whole takes no
+/// writes.
 const KEPT_SHARE: u32 = 8;
 /// How often what is kept is tried again.
 const RETRY: Duration = Duration::from_secs(5);
@@ -53,11 +57,8 @@ struct Flight {
 /// See the head of this file.
 #[derive(Debug, Default)]
 pub(super) struct Health {
-    /// The bad ranges, by their first sector: the sector behind each.
-    ranges: BTreeMap<u64, u64>,
-    /// How many blocks of the cache have a bad sector, and their length.
-    blocks: u64,
-    block: u64,
+    /// The bad ranges.
+    ranges: Ranges,
     /// Writes to them, in their order, that wait for others of the same sectors.
     waiting: VecDeque<Trial>,
     flights: Vec<Flight>,
@@ -73,19 +74,9 @@ impl Health {
     /// No bad ranges, under a cache with blocks of so many sectors.
     pub fn new(block: u64) -> Health {
         Health {
-            block,
+            ranges: Ranges::new(block),
             ..Health::default()
         }
-    }
-
-    fn count_blocks(&mut self) {
-        let (mut blocks, mut next) = (0, 0);
-        for (start, end) in &self.ranges {
-            let first = (start / self.block).max(next);
-            next = end.div_ceil(self.block);
-            blocks += next.saturating_sub(first);
-        }
-        self.blocks = blocks;
     }
 
     /// `true` if there are no bad ranges and no write to one has not ended.
@@ -97,7 +88,7 @@ impl Health {
     /// that is.
     pub fn concerns(&self, extent: Extent) -> bool {
         !self.is_good()
-            && (self.first_bad(extent).is_some()
+            && (self.ranges.hull_in(extent).is_some()
                 || self.is_tried(extent)
                 || self
                     .waiting
@@ -129,68 +120,9 @@ impl Health {
         self.waiting.len() + self.flights.len()
     }
 
-    /// The bad sectors among those of a block that begins at `first`, as a mask.
-    pub fn mask(&self, first: u64, count: u64) -> u64 {
-        let mut mask = 0;
-        for (start, end) in self.ranges_in(first, first + count) {
-            let (low, high) = (start.max(first) - first, end.min(first + count) - first);
-            mask |= u64::MAX >> (64 - (high - low)) << low;
-        }
-        mask
-    }
-
-    /// The bad ranges that have a sector of these.
-    fn ranges_in(&self, first: u64, end: u64) -> impl Iterator<Item = (u64, u64)> + '_ {
-        // Ranges do not touch, so only the last that begins before can reach in.
-        let before = self.ranges.range(..first).next_back();
-        let before = before.filter(move |(_, stop)| **stop > first);
-        let inside = self.ranges.range(first..end);
-        before
-            .into_iter()
-            .chain(inside)
-            .map(|(start, stop)| (*start, *stop))
-    }
-
-    /// What of an extent is bad: from the first bad sector to the last.
-    fn first_bad(&self, extent: Extent) -> Option<Extent> {
-        let (first, end) = (extent.start().0, extent.end().0);
-        let mut ranges = self.ranges_in(first, end);
-        let (start, stop) = ranges.next()?;
-        let stop = ranges.last().map_or(stop, |(_, stop)| stop);
-        let (start, stop) = (start.max(first), stop.min(end));
-        Extent::new(Lba(start), stop - start)
-    }
-
-    /// Makes sectors a bad range; `false` if there are too many.
-    fn add(&mut self, extent: Extent) -> bool {
-        let (mut start, mut end) = (extent.start().0, extent.end().0);
-        let touching: Vec<(u64, u64)> = self.ranges_in(start.saturating_sub(1), end + 1).collect();
-        if touching.is_empty() && self.ranges.len() >= RANGES_MAX {
-            return false;
-        }
-        for (first, stop) in touching {
-            self.ranges.remove(&first);
-            (start, end) = (start.min(first), end.max(stop));
-        }
-        self.ranges.insert(start, end);
-        self.count_blocks();
-        true
-    }
-
-    /// Takes sectors off the bad ranges.
-    fn clear(&mut self, extent: Extent) {
-        let (start, end) = (extent.start().0, extent.end().0);
-        let inside: Vec<(u64, u64)> = self.ranges_in(start, end).collect();
-        for (first, stop) in inside {
-            self.ranges.remove(&first);
-            if first < start {
-                self.ranges.insert(first, start);
-            }
-            if stop > end {
-                self.ranges.insert(end, stop);
-            }
-        }
-        self.count_blocks();
+    /// The bad sectors of the block that begins with this one, as a mask.
+    pub fn mask(&self, first: u64) -> u64 {
+        self.ranges.mask(first)
     }
 
     /// When something is to be tried, or told.
@@ -273,7 +205,7 @@ impl Volume {
             let Some(extent) = Extent::new(Lba(at / SECTOR), len / SECTOR) else {
                 continue;
             };
-            fits &= self.health.add(extent);
+            fits &= self.health.ranges.add(extent);
             self.fail_waiters_of(extent);
         }
         // No flush waits while something is kept, which is on no account.
@@ -295,7 +227,11 @@ impl Volume {
 
     /// `true` if more of the cache is kept for bad ranges than may be.
     pub(super) fn has_kept_too_much(&self) -> bool {
-        let kept = self.health.blocks.max(u64::from(self.cache.kept()));
+        let kept = self
+            .health
+            .ranges
+            .blocks()
+            .max(u64::from(self.cache.kept()));
         kept > u64::from((self.cache.slots() / KEPT_SHARE).max(1))
     }
 
@@ -337,7 +273,7 @@ impl Volume {
                 self.health.waiting.push_back(trial);
                 continue;
             }
-            let left = match self.health.first_bad(trial.extent) {
+            let left = match self.health.ranges.hull_in(trial.extent) {
                 Some(bad) => self.submit_trial(bad, trial).err(),
                 None => self.take_trial(trial, now),
             };
@@ -438,19 +374,13 @@ impl Volume {
         if is_retrying || self.discarding.is_submitted() {
             return;
         }
-        let block = self.cache.block_bytes() / SECTOR;
         while let Some(cursor) = self.health.cursor {
-            let Some((start, end)) = self.health.ranges_in(cursor, u64::MAX).next() else {
+            let Some(bad) = self.health.ranges.next(cursor) else {
                 self.health.cursor = None;
                 self.health.retry_at = Some(now + RETRY);
                 return;
             };
-            let start = start.max(cursor);
-            let end = end.min((start / block + 1) * block);
-            self.health.cursor = Some(end);
-            let Some(bad) = Extent::new(Lba(start), end - start) else {
-                continue;
-            };
+            self.health.cursor = Some(bad.end().0);
             let waiting = self.health.waiting.iter();
             let is_tried = self.health.is_tried(bad)
                 || waiting.clone().any(|trial| trial.extent.overlaps(bad));
@@ -459,7 +389,7 @@ impl Volume {
             }
             let Some(kept) = self.cache.dirty_run(bad) else {
                 // Nothing is kept for it.
-                self.health.clear(bad);
+                self.health.ranges.clear(bad);
                 continue;
             };
             self.health.cursor = Some(kept.end().0);
@@ -526,7 +456,7 @@ impl Volume {
         if self.health.ranges.is_empty() {
             return;
         }
-        self.health.clear(span);
+        self.health.ranges.clear(span);
         if self.health.ranges.is_empty() {
             let (export, image) = (self.export(), self.image());
             log::warn!(
@@ -601,7 +531,7 @@ impl Volume {
             0 => String::new(),
             others => format!(" ({others} more since this was said last)"),
         };
-        let kept = health.ranges.iter().map(|(first, end)| end - first).sum();
+        let kept = health.ranges.sectors();
         let lba = at.saturating_sub(self.bounds.start) / SECTOR;
         log::error!(
             "{}: {}: write failed at LBA {lba}: {source}{others}; {} kept in the cache, \

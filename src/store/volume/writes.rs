@@ -344,7 +344,7 @@ impl Volume {
             if health.is_good() {
                 return self.cache.next_run(until, RUN_MAX, &|_, dirty| dirty);
             }
-            let shape = |block: u64, dirty: u64| dirty & !health.mask(block * sectors, sectors);
+            let shape = |block: u64, dirty: u64| dirty & !health.mask(block * sectors);
             return self.cache.next_run(until, RUN_MAX, &shape);
         };
         let shape = |block: u64, dirty: u64| {
