@@ -295,6 +295,37 @@ impl<T> FairQueue<T> {
         item
     }
 
+    /// Takes out all items that are to go, whoever's they are.
+    pub fn remove_if(&mut self, mut goes: impl FnMut(&T) -> bool) -> Vec<(Queue, T)> {
+        let mut gone = Vec::new();
+        for queue in self.queues() {
+            let (mut before, mut at) = (NONE, self.lines[queue.index()].head);
+            while let Some(node) = self.nodes.get_mut(at as usize) {
+                let next = node.next;
+                if node.item.as_ref().is_some_and(&mut goes) {
+                    gone.extend(node.item.take().map(|item| (queue, item)));
+                    node.next = self.free;
+                    self.free = at;
+                    self.len -= 1;
+                    match self.nodes.get_mut(before as usize) {
+                        Some(before) => before.next = next,
+                        None => self.lines[queue.index()].head = next,
+                    }
+                } else {
+                    before = at;
+                }
+                at = next;
+            }
+            let line = &mut self.lines[queue.index()];
+            line.tail = before;
+            if before == NONE {
+                line.deficit = 0;
+                self.waiting &= !(1 << queue.0);
+            }
+        }
+        gone
+    }
+
     /// The queues in which something waits.
     pub fn queues(&self) -> impl Iterator<Item = Queue> + use<T> {
         let waiting = self.waiting;
@@ -407,7 +438,17 @@ mod tests {
             let mut len = 0;
             for (n, (q, cost, mask)) in ops.into_iter().enumerate() {
                 let of = |q: u8| queue(q * 12 + 3);
-                if mask % 3 != 0 {
+                if mask % 41 == 0 {
+                    let gone = fair.remove_if(|n| n % 3 == 0);
+                    let mut expected = Vec::new();
+                    for (q, line) in model.iter_mut().enumerate() {
+                        let of_three = line.iter().filter(|n| **n % 3 == 0);
+                        expected.extend(of_three.map(|n| (queue(q as u8), *n)));
+                        line.retain(|n| n % 3 != 0);
+                    }
+                    len -= gone.len();
+                    prop_assert_eq!(gone, expected);
+                } else if mask % 3 != 0 {
                     let pushed = fair.push(of(q), cost, n).is_ok();
                     prop_assert_eq!(pushed, len < capacity);
                     if pushed {

@@ -9,9 +9,10 @@
 //!   what the disk has. A fill that a write overtook is not kept.
 //! - What waits for stable storage waits for an epoch (see the cache): one sync
 //!   serves all that wait. Data grows no older than `max_dirty_age`.
-//! - A discard comes when all before it is on the disk and nothing is being
-//!   read; what comes behind it waits.
-//! - Memory is bounded: what has no slot waits in a list bounded in bytes.
+//! - A discard comes when all before it in its range is on the disk and nothing
+//!   of it is being read; what comes behind it and overlaps waits.
+//! - Memory is bounded: what has no slot waits, in a queue of its initiator, and
+//!   all queues together are bounded in bytes.
 
 mod bufs;
 mod discards;
@@ -37,13 +38,13 @@ use shadow::{Extent, Lba, SECTOR};
 
 use super::cache::{Cache, Epoch};
 use super::disk::{Disk, DiskError, Done, Job, JobId, JobKind};
-use super::fair::{FairQueue, Queue};
+use super::fair::{FairQueue, Queue, Shares};
 use super::state::StateFile;
 use crate::freeze::WhenFull;
 use crate::sys::buffer::{Body, Buf, BufSlice};
 
 use bufs::Bufs;
-use discards::Discarding;
+use discards::Discards;
 use freeze::{COMMIT, FORGET, Freezing, STEP};
 use health::Health;
 use merge::Merge;
@@ -52,7 +53,7 @@ use reads::{Fill, Stream, WaitingRead};
 use syncs::{Gather, PUSH, Syncing, Trouble, Waiter};
 use view::View;
 use window::Window;
-use writes::ParkedWrite;
+use writes::WaitingWrite;
 
 pub use freeze::{LeftShadow, ShadowSide};
 pub use room::shadow_limit_min;
@@ -61,6 +62,9 @@ pub use room::shadow_limit_min;
 pub const PARKED_MAX: usize = 1024;
 /// Requests besides of initiators that have few.
 pub const PARKED_HEADROOM: usize = 64;
+/// The part of the bytes that may wait that initiators which have few of them may
+/// have besides.
+const HEADROOM_SHARE: usize = 16;
 /// Results taken in at a time. Their replies leave before more are looked at,
 /// so that initiators ask for more while the disk is still busy: a long queue is
 /// kept full by small steps, not by waves.
@@ -206,10 +210,12 @@ pub struct Volume {
     writing: usize,
     streams: [Stream; STREAMS],
     stream_next: usize,
-    /// What waits for a slot or behind a discard, in order.
-    parked: VecDeque<ParkedWrite>,
-    parked_bytes: usize,
-    discarding: Discarding,
+    /// Writes that wait for a slot or behind others, and who has how many bytes.
+    writes: FairQueue<WaitingWrite>,
+    write_bytes: Shares,
+    discards: Discards,
+    /// Of the last write or discard that had to wait.
+    sequence: u64,
     held_reads: VecDeque<WaitingRead>,
     /// Reads, and verifies, that wait for the disk.
     reads: FairQueue<WaitingRead>,
@@ -279,9 +285,13 @@ impl Volume {
             writing: 0,
             streams: [Stream::default(); STREAMS],
             stream_next: 0,
-            parked: VecDeque::new(),
-            parked_bytes: 0,
-            discarding: Discarding::default(),
+            writes: FairQueue::new(PARKED_MAX + PARKED_HEADROOM),
+            write_bytes: Shares::new(
+                (options.parked_max + options.parked_max / HEADROOM_SHARE) as u64,
+                (options.parked_max / HEADROOM_SHARE) as u64,
+            ),
+            discards: Discards::new(),
+            sequence: 0,
             held_reads: VecDeque::new(),
             reads: FairQueue::new(PARKED_MAX + PARKED_HEADROOM),
             verifies: FairQueue::new(PARKED_MAX + PARKED_HEADROOM),
@@ -348,7 +358,7 @@ impl Volume {
             );
         }
         self.clear_bad(gone);
-        self.fail_parked_behind(end);
+        self.fail_waiting_behind(end);
         self.fail_trials(|trial| trial.extent.end() > end);
     }
 
@@ -441,7 +451,7 @@ impl Volume {
     pub fn is_idle(&self) -> bool {
         let dirty = self.draining && (self.cache.has_unsynced() || !self.is_well());
         self.free.len() == PARKED_MAX
-            && (self.parked.is_empty() || self.leaves_parked())
+            && (self.has_no_waiting_writes() || self.leaves_parked())
             && self.health.trials() == 0
             && self.held_reads.is_empty()
             && self.reads.is_empty()
@@ -506,13 +516,13 @@ impl Volume {
         self.window.ended(now, ended, self.reading);
         self.advance_freeze(now);
         self.start_held_reads(now);
-        self.start_parked(now);
+        self.start_waiting(now);
         self.start_trials(now);
         self.watch_kept(now);
         if self.is_thaw_due() {
             // What had waited has filled the shadow.
             self.advance_freeze(now);
-            self.start_parked(now);
+            self.start_waiting(now);
         }
         self.start_writing(now);
         // First those whose sync has ended: the next one is for whom it came
@@ -548,7 +558,7 @@ impl Volume {
 
     /// Whether the disk may be changing the image now.
     pub fn is_writing(&self) -> bool {
-        self.writing > 0 || self.discarding.is_submitted() || self.health.is_trying()
+        self.writing > 0 || self.is_discarding() || self.health.is_trying()
     }
 
     /// Whether the disk has something to bring to stable storage.
@@ -582,11 +592,10 @@ impl Volume {
         }
         let silent = self.progress.silent_since();
         let silent = silent.or(failing.then_some(self.progress.at()));
-        let parked = self.parked.get(usize::from(self.discarding.is_submitted()));
-        let parked = parked.map(|parked| parked.since());
-        let parked = parked.into_iter().chain(self.health.oldest_since()).min();
-        if let (Some(silent), Some(parked)) = (silent, parked) {
-            by(silent.max(parked) + self.options.io_patience);
+        let waiting = self.oldest_waiting().into_iter();
+        let oldest = waiting.chain(self.health.oldest_since()).min();
+        if let (Some(silent), Some(oldest)) = (silent, oldest) {
+            by(silent.max(oldest) + self.options.io_patience);
         }
         if !self.cache.is_released() {
             by(self.last_request + CACHE_IDLE);

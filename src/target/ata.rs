@@ -268,10 +268,12 @@ impl Target {
             }),
             Order::Write(extent, data) => {
                 let begun = self.park(parked(Pending::Write { durable }), |volume, token| {
-                    Ok(match volume.write(now, token, extent, data, durable)? {
-                        Write::Done => Work::Done(None),
-                        Write::Parked => Work::Under,
-                    })
+                    Ok(
+                        match volume.write(now, token, initiator, extent, data, durable)? {
+                            Write::Done => Work::Done(None),
+                            Write::Parked => Work::Under,
+                        },
+                    )
                 });
                 if begun.is_ok() {
                     self.counters.sectors_written += extent.count();
@@ -281,7 +283,7 @@ impl Target {
             Order::Trim(extents) => {
                 self.park(parked(Pending::Write { durable }), |volume, token| {
                     volume
-                        .discard(now, token, &extents, durable)
+                        .discard(now, token, initiator, &extents, durable)
                         .map(|()| Work::Under)
                 })
             }

@@ -376,6 +376,35 @@ impl Cache {
         self.arena.lend(slot, at, len)
     }
 
+    /// `true` if a sector of this block is not on stable storage.
+    pub fn is_unsynced(&self, block: Extent) -> bool {
+        let slot = self.find(block.start().0 / self.sectors);
+        slot.is_some_and(|slot| self.is_unsynced_slot(slot))
+    }
+
+    /// What is kept waits for nothing.
+    fn is_unsynced_slot(&self, slot: u32) -> bool {
+        let meta = &self.meta[slot as usize];
+        meta.present && !matches!(meta.state, State::Clean | State::Kept | State::Free)
+    }
+
+    /// A block of an extent that is not on stable storage, if there is one.
+    pub fn unsynced_in(&self, extent: Extent) -> Option<Extent> {
+        let (first, end) = (
+            extent.start().0 / self.sectors,
+            extent.end().0.div_ceil(self.sectors),
+        );
+        let block = if end - first <= u64::from(self.slots()) {
+            let is_unsynced = |slot| self.is_unsynced_slot(slot);
+            (first..end).find(|block| self.find(*block).is_some_and(is_unsynced))
+        } else {
+            let slots = (0..self.slots()).filter(|slot| self.is_unsynced_slot(*slot));
+            let mut blocks = slots.map(|slot| self.meta[slot as usize].block);
+            blocks.find(|block| (first..end).contains(block))
+        };
+        Extent::new(Lba(block? * self.sectors), self.sectors)
+    }
+
     /// Whether all of an extent is here.
     pub fn covers(&self, extent: Extent) -> bool {
         self.presence(extent) == Presence::All

@@ -1,37 +1,166 @@
-//! Discards: in their turn, when nothing is dirty and nobody reads what goes; in
-//! the image, or, while there is a shadow, as bits of that.
+//! Discards: in the image, or, while there is a shadow, as bits of that.
+//!
+//! A discard waits for writes before it, and for reads under way, in its own
+//! range; a write behind it waits if it overlaps that range, and so does a read
+//! from the moment when nothing in the range is dirty any more. All else passes.
+//! What an overlap means is settled by whole blocks of the cache, since a block
+//! cannot be forgotten while a part of it is dirty or being read.
+//!
+//! One job at a time takes all discards that are ready, as ranges that neither
+//! overlap nor touch. If it fails, each of them is tried by itself.
 
+use std::collections::VecDeque;
 use std::time::Instant;
 
-use shadow::{Chunk, Extent, SECTOR};
+use shadow::{Chunk, Extent, Lba, SECTOR};
 
 use super::super::disk::Job;
+use super::super::fair::{Initiator, Queue, Shares};
 use super::freeze::{FORGET, Stage};
 use super::reads::WaitingRead;
 use super::syncs::Waiter;
-use super::writes::ParkedWrite;
 use super::{DISCARD, Refused, Token, Volume};
 
-/// How far the discard at the head of the parked list has come.
-#[derive(Debug, Default)]
-pub(super) struct Discarding {
-    /// What it is about, once nothing is dirty any more.
-    hull: Option<Extent>,
-    /// Whether the disk has it.
-    submitted: bool,
-    /// What is left to be written as zeros, once the rest is done.
-    edges: Option<Vec<Extent>>,
+/// Discards that may wait, and how many of the places are kept for initiators
+/// that have few. Each may have 64 ranges or more.
+const DISCARDS_MAX: u64 = 64;
+const HEADROOM: u64 = 16;
+
+/// How far a discard has come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Progress {
+    /// A write before it waits for a slot.
+    Queued,
+    /// Its range is being written back.
+    Cleaning,
+    /// Reads of its range wait behind it, and it waits for those before.
+    Clean,
+    /// The disk has it.
+    Submitted,
 }
 
-impl Discarding {
-    pub fn is_submitted(&self) -> bool {
-        self.submitted
+/// A discard that has not ended.
+#[derive(Debug)]
+struct Discard {
+    /// Whose; `None` for the zeros that a thaw merges.
+    host: Option<(Token, Queue)>,
+    since: Instant,
+    sequence: u64,
+    extents: Vec<Extent>,
+    /// The whole blocks around them, and around all of them together.
+    blocks: Vec<Extent>,
+    hull: Extent,
+    durable: bool,
+    progress: Progress,
+    /// A block in its range that was dirty when it was looked at last.
+    dirty: Option<Extent>,
+    /// `true` if it shares its job with no other, since one with others failed.
+    alone: bool,
+}
+
+impl Discard {
+    fn overlaps(&self, extent: Extent) -> bool {
+        self.hull.overlaps(extent) && self.blocks.iter().any(|blocks| blocks.overlaps(extent))
+    }
+}
+
+/// The discards that have not ended, in the order in which they came.
+#[derive(Debug)]
+pub(super) struct Discards {
+    list: VecDeque<Discard>,
+    places: Shares,
+    /// What is left to be written as zeros over ends that are no whole chunk,
+    /// once the chunks are done.
+    edges: Option<Vec<(Queue, Extent)>>,
+}
+
+impl Discards {
+    pub fn new() -> Discards {
+        Discards {
+            list: VecDeque::with_capacity(DISCARDS_MAX as usize + 1),
+            places: Shares::new(DISCARDS_MAX, HEADROOM),
+            edges: None,
+        }
     }
 
-    /// Whether a request for this extent has to wait.
-    pub fn excludes(&self, extent: Extent) -> bool {
-        self.hull.is_some_and(|hull| hull.overlaps(extent))
+    pub fn is_empty(&self) -> bool {
+        self.list.is_empty()
     }
+
+    /// `true` if the disk has some of them.
+    pub fn is_submitted(&self) -> bool {
+        self.submitted().next().is_some()
+    }
+
+    fn submitted(&self) -> impl Iterator<Item = &Discard> {
+        let submitted = |discard: &&Discard| discard.progress == Progress::Submitted;
+        self.list.iter().filter(submitted)
+    }
+
+    /// `true` if one waits for dirty data in its range.
+    pub fn is_cleaning(&self) -> bool {
+        self.list.iter().any(|discard| discard.dirty.is_some())
+    }
+
+    /// `true` if a discard that came before the request of this number overlaps
+    /// its extent.
+    pub fn precede(&self, sequence: u64, extent: Extent) -> bool {
+        let mut before = self.list.iter().take_while(|d| d.sequence < sequence);
+        before.any(|discard| discard.overlaps(extent))
+    }
+
+    /// `true` if a read of this extent waits.
+    pub fn exclude_read(&self, extent: Extent) -> bool {
+        let excludes = |discard: &Discard| {
+            let begun = matches!(discard.progress, Progress::Clean | Progress::Submitted);
+            begun && discard.overlaps(extent)
+        };
+        self.list.iter().any(excludes)
+    }
+
+    /// An end of a discard was written, which may be in the range of another.
+    fn dirtied(&mut self, edge: Extent) {
+        let mut list = self.list.iter_mut();
+        while let Some(other) = list.find(|d| d.progress == Progress::Clean && d.overlaps(edge)) {
+            other.progress = Progress::Cleaning;
+        }
+    }
+
+    /// When the first of those came that the disk does not have.
+    pub fn oldest(&self) -> Option<Instant> {
+        let waits = |discard: &&Discard| discard.progress != Progress::Submitted;
+        self.list.iter().find(waits).map(|discard| discard.since)
+    }
+
+    /// Removes those that the disk does not have and that are to go; returns
+    /// whose they were.
+    pub fn remove(&mut self, goes: impl Fn(Instant, &[Extent]) -> bool) -> Vec<Token> {
+        let mut tokens = Vec::new();
+        let places = &mut self.places;
+        self.list.retain(|discard| {
+            let goes =
+                discard.progress != Progress::Submitted && goes(discard.since, &discard.extents);
+            if let Some((token, queue)) = discard.host.filter(|_| goes) {
+                places.release(queue, 1);
+                tokens.push(token);
+            }
+            !goes || discard.host.is_none()
+        });
+        tokens
+    }
+}
+
+/// Extents in their order, those that overlap or touch made one.
+fn joined(mut extents: Vec<Extent>) -> Vec<Extent> {
+    extents.sort_unstable_by_key(|extent| extent.start());
+    let mut joined: Vec<Extent> = Vec::with_capacity(extents.len());
+    for extent in extents {
+        match joined.last_mut() {
+            Some(last) if extent.start() <= last.end() => *last = last.hull(extent),
+            _ => joined.push(extent),
+        }
+    }
+    joined
 }
 
 impl Volume {
@@ -41,6 +170,7 @@ impl Volume {
         &mut self,
         now: Instant,
         token: impl FnOnce() -> Option<Token>,
+        initiator: Initiator,
         extents: &[Extent],
         durable: bool,
     ) -> Result<(), Refused> {
@@ -50,87 +180,171 @@ impl Volume {
         }
         // Its ends may need a chunk each; what it covers whole needs none.
         let ends = 2 * self.cache.block_bytes() / SECTOR * extents.len() as u64;
-        if self.parked.len() >= super::PARKED_MAX || self.holds_writes(now, ends) {
+        let queue = initiator.queue;
+        if !self.discards.places.admits(queue, 1) || self.holds_writes(now, ends) {
             return Err(Refused::NoRoom);
         }
-        let token = token().ok_or(Refused::NoRoom)?;
         let extents: Vec<Extent> = extents.iter().map(|e| self.absolute(*e)).collect();
-        self.parked.push_back(ParkedWrite::Discard {
-            token,
-            since: now,
-            extents,
-            durable,
-        });
+        let token = token().ok_or(Refused::NoRoom)?;
+        if self.queue_discard(now, Some((token, queue)), extents, durable) {
+            self.discards.places.take(queue, 1);
+        } else {
+            self.complete(token, None, true);
+        }
         Ok(())
     }
 
-    /// Whether the first that waits is a discard.
-    pub(super) fn is_discarding(&self) -> bool {
-        let front = self.parked.front();
-        front.is_some_and(|parked| !matches!(parked, ParkedWrite::Write { .. }))
+    /// Puts zeros that a thaw merges behind the discards.
+    pub(super) fn queue_zeros(&mut self, now: Instant, extents: Vec<Extent>) -> bool {
+        self.queue_discard(now, None, extents, false)
     }
 
-    /// Goes on with the discard at the head of the parked list.
-    pub(super) fn start_discard(&mut self, now: Instant) {
-        if self.discarding.edges.is_some() {
+    /// Returns `false` if there is nothing to be discarded.
+    fn queue_discard(
+        &mut self,
+        now: Instant,
+        host: Option<(Token, Queue)>,
+        extents: Vec<Extent>,
+        durable: bool,
+    ) -> bool {
+        let blocks = extents.iter().map(|e| self.cache.blocks_around(*e));
+        let blocks = joined(blocks.collect());
+        let Some(hull) = blocks.iter().copied().reduce(Extent::hull) else {
+            return false;
+        };
+        let sequence = self.next_sequence();
+        self.discards.list.push_back(Discard {
+            host,
+            since: now,
+            sequence,
+            extents,
+            blocks,
+            hull,
+            durable,
+            progress: Progress::Queued,
+            dirty: None,
+            alone: false,
+        });
+        true
+    }
+
+    /// Goes on with the discards as far as they go.
+    pub(super) fn start_discards(&mut self, now: Instant) {
+        if self.discards.edges.is_some() {
             return self.zero_edges(now);
         }
-        let dirty = self.cache.has_dirty() && !shadow::fault!("discard-passes-writes");
         let tried = self.health.trials() > 0;
-        if self.discarding.submitted || dirty || tried || !self.may_discard() {
+        if self.discards.is_empty() || self.discards.is_submitted() || tried || !self.may_discard()
+        {
             return;
         }
-        let extents = match self.parked.front() {
-            Some(ParkedWrite::Discard { extents, .. }) => extents.clone(),
-            Some(ParkedWrite::Zeros { .. }) => return self.start_zeros(now),
-            _ => return,
-        };
-        if !self.begin_discarding(&extents) {
+        let mut ready: Vec<usize> = Vec::new();
+        for index in 0..self.discards.list.len() {
+            self.prepare_discard(index);
+            let discard = &self.discards.list[index];
+            let begins = discard.progress == Progress::Clean
+                && (shadow::fault!("discard-passes-reads")
+                    || !discard.blocks.iter().any(|blocks| self.is_filling(*blocks)));
+            if !begins {
+                continue;
+            }
+            // The zeros of a thaw go by themselves, too.
+            let alone = discard.alone || discard.host.is_none();
+            if !alone || ready.is_empty() {
+                ready.push(index);
+            }
+            if alone {
+                break;
+            }
+        }
+        if ready.is_empty() {
             return;
         }
+        if self.discards.list[ready[0]].host.is_none() {
+            ready.truncate(1);
+        }
+        let mut extents = Vec::new();
+        for index in &ready {
+            let discard = &mut self.discards.list[*index];
+            discard.progress = Progress::Submitted;
+            extents.extend_from_slice(&discard.extents);
+        }
+        if self.discards.list[ready[0]].host.is_none() {
+            return self.start_zeros(now, &extents);
+        }
+        let extents = joined(extents);
         let view = self.view.as_ref().filter(|_| self.discards_in_shadow());
         match view.map(|view| view.split(&extents)) {
             Some((chunks, edges)) => {
-                self.discarding.edges = Some(edges);
+                // They are written as those of the one who asked first.
+                let host = self.discards.submitted().find_map(|discard| discard.host);
+                let edges = edges.into_iter();
+                let edges = edges.filter_map(|edge| Some((host?.1, edge))).collect();
+                self.discards.edges = Some(edges);
                 self.submit_forget(chunks);
             }
-            None => {
-                let ranges = extents.iter().map(|e| (e.byte_start(), e.byte_len()));
-                let ranges = ranges.collect();
-                self.submit_discard(ranges);
-            }
+            None => self.submit_discard(&extents),
         }
     }
 
-    pub(super) fn submit_discard(&mut self, ranges: Vec<(u64, u64)>) {
+    pub(super) fn submit_discard(&mut self, extents: &[Extent]) {
+        let ranges: Vec<(u64, u64)> = extents
+            .iter()
+            .map(|extent| (extent.byte_start(), extent.byte_len()))
+            .collect();
         for (at, len) in &ranges {
             self.cache.arena().write_begins(*at, *len);
         }
         self.disk.submit(DISCARD, Job::Discard(ranges));
     }
 
-    /// Excludes reads of what is about to be discarded; `false` as long as some
-    /// are under way.
-    pub(super) fn begin_discarding(&mut self, extents: &[Extent]) -> bool {
-        // Reads from now on wait behind it, and it waits for those before: of
-        // the whole blocks, since it may take a block out that a fill holds.
-        let hull = extents.iter().copied().reduce(Extent::hull);
-        let hull = hull.map(|hull| self.cache.blocks_around(hull));
-        self.discarding.hull = hull;
-        self.discarding.submitted = shadow::fault!("discard-passes-reads")
-            || !hull.is_some_and(|hull| self.is_filling(hull));
-        self.discarding.submitted
+    /// Looks how far a discard may go. What would undo this waits behind the
+    /// discard, but for the ends of another one.
+    fn prepare_discard(&mut self, index: usize) {
+        let discard = &self.discards.list[index];
+        let mut progress = discard.progress;
+        let mut dirty = None;
+        // What was kept may have been tried, and be written since.
+        if progress == Progress::Clean && !self.keeps_nothing() {
+            progress = Progress::Cleaning;
+        }
+        if progress == Progress::Queued {
+            let mut writes = self.writes.iter();
+            let older = |write: &super::WaitingWrite| {
+                write.sequence < discard.sequence && discard.overlaps(write.extent)
+            };
+            if !writes.any(|(_, write)| older(write)) {
+                progress = Progress::Cleaning;
+            }
+        }
+        if progress == Progress::Cleaning {
+            // What a merge is bringing will be dirty.
+            let merges = discard.blocks.iter().any(|blocks| self.is_merging(*blocks));
+            let still = discard.dirty.filter(|block| self.cache.is_unsynced(*block));
+            let any = || {
+                let mut blocks = discard.blocks.iter();
+                blocks.find_map(|blocks| self.cache.unsynced_in(*blocks))
+            };
+            dirty = still.or_else(any);
+            if shadow::fault!("discard-passes-writes") {
+                dirty = None;
+            }
+            if dirty.is_none() && !merges {
+                progress = Progress::Clean;
+            }
+        }
+        let discard = &mut self.discards.list[index];
+        discard.progress = progress;
+        discard.dirty = dirty;
     }
 
-    /// The chunks of a discard are zeros by the shadow's bits.
-    pub(super) fn forgotten(&mut self, ok: bool, now: Instant) {
+    /// The chunks of the discards are zeros by the shadow's bits.
+    fn forgotten(&mut self, ok: bool, now: Instant) {
         if !ok {
             return self.discard_ended(false, now);
         }
-        let extents = match self.parked.front() {
-            Some(ParkedWrite::Discard { extents, .. }) => extents.clone(),
-            _ => Vec::new(),
-        };
+        let all = self.discards.submitted().flat_map(|d| d.extents.clone());
+        let extents = joined(all.collect());
         if let Some(view) = &self.view {
             for chunk in view.split(&extents).0 {
                 if let Some(extent) = view.extent(chunk, 1) {
@@ -144,73 +358,58 @@ impl Volume {
     /// Writes zeros over what a discard covers only in part.
     fn zero_edges(&mut self, now: Instant) {
         static ZEROS: [u8; 64 * SECTOR as usize] = [0; 64 * SECTOR as usize];
-        if self.discarding.submitted && self.freezing.is_forgetting() {
+        if self.freezing.is_forgetting() {
             return;
         }
-        while let Some(edge) = self.discarding.edges.as_mut().and_then(Vec::pop) {
+        while let Some(&(_, edge)) = self.discards.edges.as_ref().and_then(|edges| edges.last()) {
             let zeros = &ZEROS[..edge.byte_len() as usize];
             if self.cache.write(edge, zeros, now).is_err() {
-                if let Some(edges) = &mut self.discarding.edges {
-                    edges.push(edge);
-                }
                 return;
             }
+            if let Some(edges) = &mut self.discards.edges {
+                edges.pop();
+            }
+            self.discards.dirtied(edge);
         }
         self.discard_ended(true, now);
     }
 
+    /// The job of all discards that the disk had has ended.
     pub(super) fn discard_ended(&mut self, ok: bool, now: Instant) {
         if ok {
             self.made_progress(now);
         }
-        let in_shadow = std::mem::take(&mut self.discarding).edges.is_some();
-        self.end_discard(ok, in_shadow, now);
-        self.start_held_reads(now);
-    }
-
-    /// Takes the reads that a discard held up, as far as there is room.
-    pub(super) fn start_held_reads(&mut self, now: Instant) {
-        while let Some(held) = self.held_reads.pop_front() {
-            let WaitingRead {
-                token,
-                queue,
-                extent,
-            } = held;
-            if self.discarding.excludes(extent) {
-                self.held_reads.push_front(held);
-                return;
+        let in_shadow = self.discards.edges.take().is_some();
+        let many = self.discards.submitted().count() > 1;
+        let mut index = 0;
+        while let Some(discard) = self.discards.list.get_mut(index) {
+            if discard.progress != Progress::Submitted {
+                index += 1;
+            } else if !ok && many {
+                discard.progress = Progress::Clean;
+                discard.alone = true;
+                index += 1;
+            } else if let Some(discard) = self.discards.list.remove(index) {
+                self.end_discard(discard, ok, in_shadow, now);
             }
-            match self.read_absolute(now, || Some(token), queue, extent) {
-                Ok(super::Read::Ready(body)) => self.complete(token, Some(body), true),
-                Ok(super::Read::Parked) => {}
-                Err(_) => {
-                    // What is under way makes room when it ends.
-                    self.held_reads.push_front(held);
-                    return;
-                }
-            }
+        }
+        for _ in 0..self.held_reads.len() {
+            self.start_held_read(now);
         }
     }
 
-    fn end_discard(&mut self, ok: bool, in_shadow: bool, now: Instant) {
-        let (token, extents, durable) = match self.parked.pop_front() {
-            Some(ParkedWrite::Discard {
-                token,
-                extents,
-                durable,
-                ..
-            }) => (token, extents, durable),
-            _ => return self.zeros_ended(ok, now),
+    fn end_discard(&mut self, discard: Discard, ok: bool, in_shadow: bool, now: Instant) {
+        let Some((token, queue)) = discard.host else {
+            return self.zeros_ended(ok, now);
         };
+        self.discards.places.release(queue, 1);
         if ok {
             // In the shadow it is forgotten already, but for what was written.
-            for extent in extents.into_iter().filter(|_| !in_shadow) {
-                self.overtake_fills(extent);
-                self.cache.forget(extent);
-                self.landed(extent, now);
+            if !in_shadow {
+                self.forget_discarded(&discard.extents, now);
             }
             let epoch = self.cache.record_outside(now);
-            if durable {
+            if discard.durable {
                 self.until_synced.push_back(Waiter {
                     token,
                     epoch,
@@ -224,8 +423,53 @@ impl Volume {
         self.complete(token, None, ok);
     }
 
+    fn forget_discarded(&mut self, extents: &[Extent], now: Instant) {
+        for extent in extents {
+            self.overtake_fills(*extent);
+            self.cache.forget(*extent);
+            self.landed(*extent, now);
+        }
+    }
+
+    /// Takes the reads that a discard held up, as far as there is room.
+    pub(super) fn start_held_reads(&mut self, now: Instant) {
+        while self.start_held_read(now) {}
+    }
+
+    /// Takes the first of them; `false` if it waits on. Then it is the last.
+    fn start_held_read(&mut self, now: Instant) -> bool {
+        let Some(held) = self.held_reads.pop_front() else {
+            return false;
+        };
+        let WaitingRead {
+            token,
+            queue,
+            extent,
+        } = held;
+        if !self.discards.exclude_read(extent) {
+            match self.read_absolute(now, || Some(token), queue, extent) {
+                Ok(super::Read::Ready(body)) => {
+                    self.complete(token, Some(body), true);
+                    return true;
+                }
+                Ok(super::Read::Parked) => return true,
+                // What is under way makes room when it ends.
+                Err(_) => {}
+            }
+        }
+        self.held_reads.push_back(held);
+        false
+    }
+
+    /// `true` if the disk is doing a discard. One whose ends are yet to be written
+    /// as zeros goes on in the cache.
+    pub(super) fn is_discarding(&self) -> bool {
+        let in_image = self.discards.is_submitted() && self.discards.edges.is_none();
+        in_image || self.freezing.is_forgetting()
+    }
+
     /// Whether a discard may begin now.
-    pub(super) fn may_discard(&self) -> bool {
+    fn may_discard(&self) -> bool {
         let shadow = self.discards_in_shadow() && self.syncing.is_none();
         let image = matches!(
             self.freezing.stage,
@@ -235,12 +479,12 @@ impl Volume {
     }
 
     /// Whether discards are bits of the shadow now.
-    pub(super) fn discards_in_shadow(&self) -> bool {
+    fn discards_in_shadow(&self) -> bool {
         matches!(self.freezing.stage, Stage::Frozen | Stage::Thawing)
     }
 
     /// Makes chunks zeros in the shadow's bitmap.
-    pub(super) fn submit_forget(&mut self, chunks: Vec<u64>) {
+    fn submit_forget(&mut self, chunks: Vec<u64>) {
         let (Some(view), Some(side)) = (&mut self.view, &mut self.freezing.side) else {
             return;
         };
@@ -257,5 +501,36 @@ impl Volume {
         let commit = self.freezing.forgetting.take();
         self.settle(commit, ok);
         self.forgotten(ok, now);
+    }
+
+    /// Ends discards that wait and reach behind the end of the image: they are
+    /// not done.
+    pub(super) fn fail_discards_behind(&mut self, end: Lba) {
+        let is_behind = |_, extents: &[Extent]| extents.iter().any(|e| e.end() > end);
+        for token in self.discards.remove(is_behind) {
+            self.complete(token, None, false);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn extents(list: &[(u64, u64)]) -> Vec<Extent> {
+        let extent = |&(start, count)| Extent::new(Lba(start), count).unwrap();
+        list.iter().map(extent).collect()
+    }
+
+    #[test]
+    fn what_overlaps_or_touches_is_joined() {
+        for (list, expected) in [
+            (&[(0, 8), (8, 8)][..], &[(0, 16)][..]),
+            (&[(20, 4), (0, 8)], &[(0, 8), (20, 4)]),
+            (&[(0, 8), (2, 2), (30, 1), (7, 3)], &[(0, 10), (30, 1)]),
+            (&[], &[]),
+        ] {
+            assert_eq!(joined(extents(list)), extents(expected));
+        }
     }
 }

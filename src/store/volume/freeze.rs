@@ -400,7 +400,7 @@ impl Volume {
             } => {
                 // A discard that the disk has is of the generation before.
                 // What is kept for a bad range is still to come to the image.
-                if made && !self.discarding.is_submitted() && self.is_well() {
+                if made && !self.is_discarding() && self.is_well() {
                     self.view = Some(View {
                         geometry,
                         map: Map::new(geometry, uuid),
@@ -445,8 +445,7 @@ impl Volume {
             }
             Stage::Sealing => {
                 // What is under way to the shadow ends first.
-                let quiet =
-                    self.writing == 0 && self.syncing.is_none() && !self.discarding.is_submitted();
+                let quiet = self.writing == 0 && self.syncing.is_none() && !self.is_discarding();
                 if quiet && idle {
                     self.submit_step(Step::Seal);
                 }
@@ -462,7 +461,7 @@ impl Volume {
                 }
                 let done = plain && !doubtful && self.merge.is_idle();
                 // Nothing that reads the shadow is under way any more.
-                if done && self.gathers == 0 && !self.is_discarding() {
+                if done && self.gathers == 0 && !self.discards.is_submitted() {
                     self.freezing.stage = Stage::Vanishing;
                     self.submit_step(Step::Vanish);
                 }
@@ -479,7 +478,7 @@ impl Volume {
             } => {
                 // What waits for a slot was taken before the order, and comes first.
                 let drain = match drain {
-                    None if self.parked.is_empty() => Some(self.cache.close_epoch()),
+                    None if self.has_no_waiting_writes() => Some(self.cache.close_epoch()),
                     drain => drain,
                 };
                 let synced = drain.is_some_and(|epoch| self.cache.is_synced(epoch));

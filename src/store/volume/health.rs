@@ -20,7 +20,7 @@ use shadow::{Extent, Lba, SECTOR};
 
 use super::super::disk::{DiskError, Job};
 use super::syncs::Waiter;
-use super::{Completed, Token, Under, Volume, Write, sectors};
+use super::{Completed, Queue, Token, Under, Volume, Write, sectors};
 use crate::sys::buffer::BufSlice;
 
 use ranges::Ranges;
@@ -38,6 +38,7 @@ const LOG_INTERVAL: Duration = Duration::from_secs(5);
 #[derive(Debug)]
 pub(super) struct Trial {
     pub token: Token,
+    pub queue: Queue,
     pub since: Instant,
     pub extent: Extent,
     pub data: BufSlice,
@@ -371,7 +372,7 @@ impl Volume {
             health.cursor = Some(0);
         }
         let is_retrying = health.flights.iter().any(|flight| flight.trial.is_none());
-        if is_retrying || self.discarding.is_submitted() {
+        if is_retrying || self.is_discarding() {
             return;
         }
         while let Some(cursor) = self.health.cursor {
@@ -471,6 +472,7 @@ impl Volume {
     fn take_trial(&mut self, trial: Trial, now: Instant) -> Option<Trial> {
         let Trial {
             token,
+            queue,
             since,
             extent,
             data,
@@ -479,7 +481,7 @@ impl Volume {
         match self.cache.write(extent, &data, now) {
             Ok(epoch) => {
                 self.overtake_fills(extent);
-                self.parked_bytes -= data.len();
+                self.write_bytes.release(queue, data.len() as u64);
                 self.bufs.put(data.buf);
                 if self.wait_for(now, token, extent, epoch, durable) == Write::Done {
                     self.complete(token, None, true);
@@ -488,6 +490,7 @@ impl Volume {
             Err(_) => {
                 return Some(Trial {
                     token,
+                    queue,
                     since,
                     extent,
                     data,
@@ -499,7 +502,8 @@ impl Volume {
     }
 
     fn fail_trial(&mut self, trial: Trial) {
-        self.parked_bytes -= trial.data.len();
+        self.write_bytes
+            .release(trial.queue, trial.data.len() as u64);
         self.bufs.put(trial.data.buf);
         self.complete(trial.token, None, false);
     }

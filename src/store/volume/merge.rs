@@ -13,7 +13,6 @@ use shadow::{Chunk, Extent};
 
 use super::Volume;
 use super::reads::{AHEAD_STEP, Fill};
-use super::writes::ParkedWrite;
 use crate::freeze::OnStop;
 
 /// Without a request for so long the merge takes what it can get.
@@ -94,8 +93,7 @@ impl Volume {
             self.merge.outstanding = 0;
         }
         let quota = (u64::from(self.freezing.dirty_max) * share / 100).max(1);
-        // A discard waits until nothing is dirty.
-        let waits = self.merge.zeros || self.is_discarding();
+        let waits = self.merge.zeros;
         while !waits && self.merge.fills < fills && self.merge.outstanding < quota {
             let room = quota - self.merge.outstanding;
             if !self.merge_next(now, room, step) {
@@ -134,8 +132,8 @@ impl Volume {
         if chunk == Chunk::Zero {
             // Those made zeros already are in the shadow until the next sync.
             if !self.merge.zeros && self.merge.zeroed.is_empty() {
-                self.merge.zeros = true;
-                self.parked.push_back(ParkedWrite::Zeros { since: now });
+                let extents = self.zero_runs();
+                self.merge.zeros = self.queue_zeros(now, extents);
             }
             return false;
         }
@@ -145,6 +143,10 @@ impl Volume {
         ) else {
             return true;
         };
+        // A discard of it waits until nothing of it is dirty.
+        if self.discards.precede(u64::MAX, span) {
+            return false;
+        }
         let Ok(buf) = self.buffer_for(span) else {
             self.merge.cursor = first;
             return false;
@@ -195,33 +197,49 @@ impl Volume {
         }
     }
 
-    /// The turn of the zeros has come: nothing is dirty, and what comes waits.
-    pub(super) fn start_zeros(&mut self, now: Instant) {
-        let Some(view) = &self.view else { return };
-        if self.merge.zeroing.is_empty() {
-            let mut cursor = 0;
-            let mut total = 0;
-            while let Some(first) = view.map.next_present(cursor) {
-                let (chunk, count) = view.map.run(first, first + ZEROS_MAX - total);
-                cursor = first + count;
-                if chunk == Chunk::Zero {
-                    total += count;
-                    self.merge.zeroing.push((first, count));
-                }
-                if total >= ZEROS_MAX || self.merge.zeroing.len() >= ZERO_RUNS_MAX {
-                    break;
-                }
+    /// The next runs of chunks that are zeros by the shadow's bits.
+    fn zero_runs(&self) -> Vec<Extent> {
+        let Some(view) = &self.view else {
+            return Vec::new();
+        };
+        let (mut cursor, mut total, mut extents) = (0, 0, Vec::new());
+        while let Some(first) = view.map.next_present(cursor) {
+            let (chunk, count) = view.map.run(first, first + ZEROS_MAX - total);
+            cursor = first + count;
+            if chunk == Chunk::Zero {
+                total += count;
+                extents.extend(view.extent(first, count));
+            }
+            if total >= ZEROS_MAX || extents.len() >= ZERO_RUNS_MAX {
+                break;
             }
         }
-        let runs = self.merge.zeroing.iter();
-        let extents: Vec<Extent> = runs
-            .filter_map(|(first, count)| view.extent(*first, *count))
-            .collect();
-        if extents.is_empty() {
+        extents
+    }
+
+    /// The turn of the zeros has come: nothing of these extents is dirty, and what
+    /// comes for them waits. What was written since they were queued is no zeros
+    /// any more.
+    pub(super) fn start_zeros(&mut self, now: Instant, extents: &[Extent]) {
+        let Some(view) = &self.view else { return };
+        let mut zeros = Vec::new();
+        for extent in extents {
+            let end = extent.byte_start() + extent.byte_len();
+            let end = view.geometry.chunk_of(end - 1) + 1;
+            let mut first = view.geometry.chunk_of(extent.byte_start());
+            while first < end {
+                let (chunk, count) = view.map.run(first, end);
+                if chunk == Chunk::Zero {
+                    self.merge.zeroing.push((first, count));
+                    zeros.extend(view.extent(first, count));
+                }
+                first += count;
+            }
+        }
+        if zeros.is_empty() {
             self.discard_ended(false, now);
-        } else if self.begin_discarding(&extents) {
-            let ranges = extents.iter().map(|e| (e.byte_start(), e.byte_len()));
-            self.submit_discard(ranges.collect());
+        } else {
+            self.submit_discard(&zeros);
         }
     }
 

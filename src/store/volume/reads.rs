@@ -130,7 +130,7 @@ impl Volume {
         queue: Queue,
         extent: Extent,
     ) -> Result<Read, Refused> {
-        if self.discarding.excludes(extent) {
+        if self.discards.exclude_read(extent) {
             let token = token().ok_or(Refused::NoRoom)?;
             self.held_reads.push_back(WaitingRead {
                 token,
@@ -327,7 +327,7 @@ impl Volume {
                 return;
             };
             let WaitingRead { token, extent, .. } = waiting;
-            if self.discarding.excludes(extent) {
+            if self.discards.exclude_read(extent) {
                 self.held_reads.push_back(waiting);
             } else if let Some(id) = self.fill_for(extent) {
                 self.join(id, token, extent);
@@ -431,6 +431,12 @@ impl Volume {
         self.fills.iter().any(|id| {
             matches!(&self.under[*id as usize], Some(Under::Fill(f)) if f.span.overlaps(extent))
         })
+    }
+
+    /// `true` if a merge is bringing something of an extent, which it will write.
+    pub(super) fn is_merging(&self, extent: Extent) -> bool {
+        let merges = |id: &u32| matches!(&self.under[*id as usize], Some(Under::Fill(f)) if f.merges && f.span.overlaps(extent));
+        self.merge.fills() > 0 && self.fills.iter().any(merges)
     }
 
     pub(super) fn fill_ended(
@@ -652,7 +658,7 @@ impl Volume {
         if self.options.direct {
             let under = |id: &&u32| matches!(&self.under[**id as usize], Some(Under::Fill(f)) if f.keep && f.waiters.is_empty());
             let busy = self.fills.iter().filter(under).count() >= AHEAD_FILLS_MAX;
-            if !busy && !self.discarding.excludes(span) && !self.cache.covers(span) {
+            if !busy && !self.discards.exclude_read(span) && !self.cache.covers(span) {
                 let fill = Fill {
                     keep: true,
                     ..Fill::of(span)

@@ -10,7 +10,6 @@ use super::super::cache::{Epoch, Record};
 use super::super::disk::{Job, JobId};
 use super::freeze::{COMMIT, Stage};
 use super::progress::slices;
-use super::writes::ParkedWrite;
 use super::{Token, Volume};
 
 /// The part of a sync's time that the next one waits for those it served, and
@@ -132,7 +131,7 @@ impl Volume {
         // Without anyone waiting: when an eighth of the cache is written and
         // only a sync is missing to make it clean, or a write needs a slot.
         let many = self.cache.awaiting_sync() >= self.cache.slots() as usize / 8;
-        let waits = !self.parked.is_empty() || self.health.has_waiting();
+        let waits = !self.writes.is_empty() || self.health.has_waiting();
         let pressed = waits && self.writing == 0;
         let wanted = [self.round, self.flushing, self.freeze_wants()];
         if wanted.into_iter().any(ready) || many || pressed || failing {
@@ -438,28 +437,21 @@ impl Volume {
             self.complete(waiter.token, None, false);
         }
         if failing || self.progress.hangs(now, patience) {
-            self.give_up_parked(now);
+            self.give_up_waiting(now);
         }
     }
 
     /// Ends what has waited for a slot or for its turn for too long: it was not
     /// done.
-    fn give_up_parked(&mut self, now: Instant) {
+    fn give_up_waiting(&mut self, now: Instant) {
         let (patience, progress) = (self.options.io_patience, self.progress.at());
         let is_late =
             |since: Instant| now.saturating_duration_since(since.max(progress)) >= patience;
         self.fail_trials(|trial| is_late(trial.since));
-        // A discard that the disk has ends by itself.
-        let first = usize::from(self.discarding.is_submitted());
-        let is_zeros = |parked: &ParkedWrite| matches!(parked, ParkedWrite::Zeros { .. });
-        let ends =
-            |parked: &ParkedWrite| is_late(parked.since()) && (first == 0 || !is_zeros(parked));
-        while self.parked.get(first).is_some_and(ends) {
-            if first == 0 && self.is_discarding() {
-                self.discard_ended(false, now);
-            } else {
-                self.fail_parked(first);
-            }
+        let writes = self.writes.remove_if(|write| is_late(write.since));
+        self.fail_writes(writes);
+        for token in self.discards.remove(|since, _| is_late(since)) {
+            self.complete(token, None, false);
         }
     }
 }

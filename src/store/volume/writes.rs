@@ -7,10 +7,11 @@ use shadow::{Chunk, Extent, Lba, SECTOR};
 
 use super::super::cache::{Epoch, Run};
 use super::super::disk::Segment;
+use super::super::fair::{self, Initiator, Passed};
 use super::freeze::Destination;
 use super::health::Trial;
 use super::syncs::Waiter;
-use super::{Job, Refused, Token, Under, Volume, Write};
+use super::{Job, Queue, Refused, Token, Under, Volume, Write};
 use crate::sys::buffer::BufSlice;
 
 /// The most blocks of one write to the image.
@@ -21,34 +22,16 @@ const RUNS_MAX: usize = 64;
 /// Bytes of a job from which on no run is added: each job that ends is progress.
 const JOB_BYTES: u64 = 1 << 20;
 
-/// A write that waits for a slot, or a discard in its turn.
+/// A write that waits: for a slot, or behind a request that overlaps it.
 #[derive(Debug)]
-pub(super) enum ParkedWrite {
-    Write {
-        token: Token,
-        since: Instant,
-        extent: Extent,
-        data: BufSlice,
-        durable: bool,
-    },
-    Discard {
-        token: Token,
-        since: Instant,
-        extents: Vec<Extent>,
-        durable: bool,
-    },
-    /// Not a host's: the zeros of a thaw.
-    Zeros { since: Instant },
-}
-
-impl ParkedWrite {
-    pub fn since(&self) -> Instant {
-        match self {
-            ParkedWrite::Write { since, .. }
-            | ParkedWrite::Discard { since, .. }
-            | ParkedWrite::Zeros { since } => *since,
-        }
-    }
+pub(super) struct WaitingWrite {
+    token: Token,
+    pub since: Instant,
+    /// Its place in the order of all that had to wait.
+    pub sequence: u64,
+    pub extent: Extent,
+    data: BufSlice,
+    durable: bool,
 }
 
 impl Volume {
@@ -59,6 +42,7 @@ impl Volume {
         &mut self,
         now: Instant,
         mut token: impl FnMut() -> Option<Token>,
+        initiator: Initiator,
         extent: Extent,
         data: &[u8],
         durable: bool,
@@ -73,9 +57,12 @@ impl Volume {
         let extent = self.absolute(extent);
         let waits = durable || self.options.write_through;
         let mut given = None;
-        // In order: nothing overtakes what waits already.
         let is_bad = self.health.concerns(extent);
-        if self.parked.is_empty() && !is_bad {
+        // It overtakes what waits for a slot, or behind a discard, where it does
+        // not overlap that; but nothing of its own initiator.
+        let queue = initiator.queue;
+        let waits_behind = self.writes.head(queue).is_some() || self.waits_behind(u64::MAX, extent);
+        if !waits_behind && !is_bad {
             if waits {
                 given = Some(token().ok_or(Refused::NoRoom)?);
             }
@@ -87,9 +74,10 @@ impl Volume {
                 });
             }
         }
-        let room = self.parked.len() + self.health.trials() < super::PARKED_MAX
-            && (self.parked_bytes == 0
-                || self.parked_bytes + data.len() <= self.options.parked_max);
+        let bytes = data.len() as u64;
+        let room = !self.writes.is_full()
+            && self.health.trials() < super::PARKED_MAX
+            && self.write_bytes.admits(queue, bytes);
         let buf = if room { self.bufs.take() } else { None };
         let mut buf = buf.ok_or(Refused::NoRoom)?;
         let Some(token) = given.or_else(token) else {
@@ -101,10 +89,11 @@ impl Volume {
             buf,
             range: 0..data.len(),
         };
-        self.parked_bytes += data.len();
-        if self.parked.is_empty() && is_bad {
+        if !waits_behind && is_bad {
+            self.write_bytes.take(queue, bytes);
             self.push_trial(Trial {
                 token,
+                queue,
                 since: now,
                 extent,
                 data,
@@ -112,14 +101,49 @@ impl Volume {
             });
             return Ok(Write::Parked);
         }
-        self.parked.push_back(ParkedWrite::Write {
+        let write = WaitingWrite {
             token,
             since: now,
+            sequence: self.next_sequence(),
             extent,
             data,
             durable,
-        });
+        };
+        let pushed = self.writes.push(queue, fair::cost(bytes), write);
+        pushed.map_err(|_| Refused::NoRoom)?;
+        self.write_bytes.take(queue, bytes);
         Ok(Write::Parked)
+    }
+
+    pub(super) fn next_sequence(&mut self) -> u64 {
+        self.sequence += 1;
+        self.sequence
+    }
+
+    /// `true` if something that overlaps an extent, and came before the request of
+    /// this number, has not been done.
+    fn waits_behind(&self, sequence: u64, extent: Extent) -> bool {
+        if !self.discards.is_empty() && self.discards.precede(sequence, extent) {
+            return true;
+        }
+        let older =
+            |write: &WaitingWrite| write.sequence < sequence && write.extent.overlaps(extent);
+        !self.writes.is_empty() && self.writes.iter().any(|(_, write)| older(write))
+    }
+
+    /// `true` if no write or discard waits.
+    pub(super) fn has_no_waiting_writes(&self) -> bool {
+        self.writes.is_empty() && self.discards.is_empty()
+    }
+
+    /// When the first of those came that wait and that the disk does not have.
+    pub(super) fn oldest_waiting(&self) -> Option<Instant> {
+        let heads = self
+            .writes
+            .queues()
+            .filter_map(|queue| self.writes.head(queue));
+        let heads = heads.map(|write| write.since);
+        heads.chain(self.discards.oldest()).min()
     }
 
     /// What a write that the cache has taken still waits for.
@@ -173,88 +197,69 @@ impl Volume {
         Ok(())
     }
 
-    /// Takes what waits for a slot, in order, as far as it goes.
-    pub(super) fn start_parked(&mut self, now: Instant) {
-        while let Some(front) = self.parked.pop_front() {
-            match front {
-                ParkedWrite::Write {
-                    token,
-                    since,
-                    extent,
-                    data,
-                    durable,
-                } => {
-                    if self.health.concerns(extent) {
-                        self.push_trial(Trial {
-                            token,
-                            since,
-                            extent,
-                            data,
-                            durable,
-                        });
-                        continue;
-                    }
-                    let len = data.len();
-                    // When it came, what waits before it had no place in the
-                    // shadow yet.
-                    let waits_on = self.is_shadow_full_for(now, extent.count());
-                    let written = (!waits_on).then(|| self.cache.write(extent, &data, now));
-                    let Some(Ok(epoch)) = written else {
-                        let again = ParkedWrite::Write {
-                            token,
-                            since,
-                            extent,
-                            data,
-                            durable,
-                        };
-                        self.parked.push_front(again);
-                        return;
-                    };
-                    self.overtake_fills(extent);
-                    self.parked_bytes -= len;
-                    self.bufs.put(data.buf);
-                    if self.wait_for(now, token, extent, epoch, durable) == Write::Done {
-                        self.complete(token, None, true);
-                    }
-                }
-                discard => {
-                    self.parked.push_front(discard);
-                    self.start_discard(now);
+    /// Takes what waits as far as it goes, each initiator's in its turn.
+    pub(super) fn start_waiting(&mut self, now: Instant) {
+        self.start_discards(now);
+        let mut passed = Passed::default();
+        while let Some(queue) = self.writes.turn(passed) {
+            let Some(write) = self.writes.head(queue) else {
+                return;
+            };
+            let (sequence, extent) = (write.sequence, write.extent);
+            // When it came, what waits before it had no place in the shadow yet.
+            if self.is_shadow_full_for(now, extent.count()) {
+                return;
+            }
+            if self.waits_behind(sequence, extent) {
+                passed.add(queue);
+                continue;
+            }
+            if self.health.concerns(extent) {
+                let Some(write) = self.writes.pop(queue) else {
                     return;
-                }
+                };
+                self.push_trial(Trial {
+                    token: write.token,
+                    queue,
+                    since: write.since,
+                    extent,
+                    data: write.data,
+                    durable: write.durable,
+                });
+                continue;
+            }
+            let Some(write) = self.writes.head(queue) else {
+                return;
+            };
+            let Ok(epoch) = self.cache.write(extent, &write.data, now) else {
+                passed.add(queue);
+                continue;
+            };
+            let Some(write) = self.writes.pop(queue) else {
+                return;
+            };
+            self.overtake_fills(extent);
+            self.write_bytes.release(queue, write.data.len() as u64);
+            self.bufs.put(write.data.buf);
+            if self.wait_for(now, write.token, extent, epoch, write.durable) == Write::Done {
+                self.complete(write.token, None, true);
             }
         }
     }
 
     /// Ends what waits and reaches behind the end of the image: it is not done.
-    pub(super) fn fail_parked_behind(&mut self, end: Lba) {
-        // A discard that the disk has ends by itself.
-        let first = usize::from(self.discarding.is_submitted());
-        let mut index = first;
-        while let Some(parked) = self.parked.get(index) {
-            let is_behind = match parked {
-                ParkedWrite::Write { extent, .. } => extent.end() > end,
-                ParkedWrite::Discard { extents, .. } => extents.iter().any(|e| e.end() > end),
-                ParkedWrite::Zeros { .. } => false,
-            };
-            if !is_behind {
-                index += 1;
-                continue;
-            }
-            self.fail_parked(index);
-        }
+    pub(super) fn fail_waiting_behind(&mut self, end: Lba) {
+        let writes = self.writes.remove_if(|write| write.extent.end() > end);
+        self.fail_writes(writes);
+        self.fail_discards_behind(end);
     }
 
-    /// Ends one that waits: it is not done.
-    pub(super) fn fail_parked(&mut self, index: usize) {
-        match self.parked.remove(index) {
-            Some(ParkedWrite::Write { token, data, .. }) => {
-                self.parked_bytes -= data.len();
-                self.bufs.put(data.buf);
-                self.complete(token, None, false);
-            }
-            Some(ParkedWrite::Discard { token, .. }) => self.complete(token, None, false),
-            Some(ParkedWrite::Zeros { .. }) | None => {}
+    /// Ends writes that have waited: they are not done.
+    pub(super) fn fail_writes(&mut self, writes: Vec<(Queue, WaitingWrite)>) {
+        for (queue, write) in writes {
+            self.write_bytes.release(queue, write.data.len() as u64);
+            self.bufs.put(write.data.buf);
+            self.complete(write.token, None, false);
         }
     }
 
@@ -267,7 +272,7 @@ impl Volume {
             .max(self.freeze_wants())
             .max(self.round);
         let (dirty, max) = self.cache.dirty();
-        let waits = !self.parked.is_empty() || self.health.has_waiting();
+        let waits = !self.writes.is_empty() || self.health.has_waiting();
         let pressed = dirty > max / 4 * 3 || waits;
         if pressed {
             Some(self.cache.epoch())
@@ -373,7 +378,7 @@ impl Volume {
         };
         let old = now.saturating_duration_since(oldest) >= self.options.max_dirty_age / 2;
         let idle = now.saturating_duration_since(self.last_request) >= self.options.idle_flush;
-        let discard = self.is_discarding();
+        let discard = self.discards.is_cleaning();
         if old || idle || self.draining || discard {
             self.flushing = Some(self.cache.close_epoch());
         }

@@ -502,3 +502,46 @@ fn coalesced_reads_of_one_leave_another_its_replies() {
         assert!(ratio >= LEAST, "{ratio:.2} of what it gets alone");
     }
 }
+
+fn trim(lba: u64, count: u64) -> Ask {
+    let registers = Ata {
+        feature: 1,
+        count: 1,
+        opcode: opcode::DATA_SET_MANAGEMENT,
+        ..Ata::default()
+    };
+    let mut page = (lba | count << 48).to_le_bytes().to_vec();
+    page.resize(512, 0);
+    Ask::ata(registers, &page)
+}
+
+/// Trims of what was not written, one behind the other.
+fn trims() -> Host {
+    Host::new(BOB, every(1000), |n| {
+        trim(LARGE / 2 + n * 8 % (LARGE / 2), 8)
+    })
+}
+
+fn cached_writes() -> Host {
+    Host::new(ALICE, Pace::Closed(8), |n| {
+        Ask::write(place(n % 500, 0), &sectors(n as u8, 2))
+    })
+}
+
+#[test]
+fn trims_of_one_leave_another_its_cached_writes() {
+    let ratio = ratio(PLAN, cached_writes, trims, Duration::from_millis(200));
+    assert!(ratio >= LEAST, "{ratio:.2} of what it gets alone");
+}
+
+#[test]
+fn trims_that_wait_become_one() {
+    let mut hall = Hall::new(PLAN);
+    hall.hosts = vec![trims()];
+    hall.run(Duration::from_secs(2));
+    let answered = hall.hosts[0].answered;
+    assert!(
+        answered > 1500,
+        "{answered} of 2000 on a disk that does 500/s"
+    );
+}

@@ -25,9 +25,14 @@ impl World {
     fn write(&mut self, start: u64, count: u64, durable: bool) -> bool {
         let extent = Extent::new(Lba(start), count).unwrap();
         let (token, data) = self.model.write(&[extent], false);
-        let write = self
-            .volume
-            .write(self.now, || Some(token), extent, &data, durable);
+        let write = self.volume.write(
+            self.now,
+            || Some(token),
+            initiator(1),
+            extent,
+            &data,
+            durable,
+        );
         match write.unwrap() {
             Write::Done => {
                 self.model.ended(token, None, true);

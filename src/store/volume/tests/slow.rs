@@ -131,9 +131,14 @@ impl Bench {
         let (extent, data) = (Extent::new(Lba(block * 8), 8).unwrap(), [7; 4096]);
         let token = Token(self.tokens);
         self.tokens += 1;
-        let write = self
-            .volume
-            .write(self.now, || Some(token), extent, &data, durable);
+        let write = self.volume.write(
+            self.now,
+            || Some(token),
+            initiator(1),
+            extent,
+            &data,
+            durable,
+        );
         (token, write.unwrap())
     }
 
@@ -243,7 +248,7 @@ fn a_write_that_waits_for_a_disk_that_hangs_ends_with_an_error() {
         assert_eq!(write, Write::Parked);
         tokens.push(token);
     }
-    assert!(bench.volume.parked_bytes > 0);
+    assert!(bench.volume.write_bytes.total() > 0);
     let began = bench.now;
     bench.pass(|bench| bench.ended.len() == tokens.len());
     let took = bench.now - began;
@@ -251,7 +256,7 @@ fn a_write_that_waits_for_a_disk_that_hangs_ends_with_an_error() {
     assert!((patience..2 * patience).contains(&took), "{took:?}");
     assert!(bench.ended.iter().all(|(_, ok)| !ok));
     assert_eq!(
-        (bench.volume.parked_bytes, bench.volume.parked.len()),
+        (bench.volume.write_bytes.total(), bench.volume.writes.len()),
         (0, 0)
     );
     // It goes on: what was taken is written, and new writes are.
