@@ -744,7 +744,11 @@ fn a_disk_that_hangs_does_not_keep_the_process() {
                 .unwrap();
                 target.signal(Signal::SIGTERM).unwrap();
             }
-            let what = if twice { "second signal" } else { "within 1 s" };
+            let what = if twice {
+                "second signal"
+            } else {
+                "no progress for 1 s"
+            };
             target.wait_for_line(what, soon()).unwrap();
             // Of a thread that is to be late strace notices the death late, and
             // the process stays until it has.
