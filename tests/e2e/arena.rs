@@ -1132,3 +1132,28 @@ fn a_device_with_another_content_at_its_ends_is_refused() {
     assert_eq!((sectors(3), sectors(2000)), (vec![5; 512], data(1)));
     stop(target);
 }
+
+#[test]
+fn a_step_that_cannot_be_had_makes_the_cache_smaller_and_says_so_once() {
+    if !lab::require("a run directory that fills up", &MOUNTS) {
+        return;
+    }
+    let (wire, memory) = (Wire::new(9000), Memory::new("24M"));
+    let store = Store::new(32768);
+    let options = [
+        &QUICK[..],
+        &["--run-dir", memory.path(), "--set", "cache_size=12M"],
+    ]
+    .concat();
+    let target = serve(&wire.host, &store, &["tgt0"], &options);
+    // The first of three steps is there.
+    memory.fill();
+    let all: Vec<u8> = (0..32768 * 512).map(|i| (i / 512 % 251) as u8).collect();
+    let mut client = wire.client();
+    client.write_many(0, &all).unwrap();
+    assert!(client.read_many(0, 32768).unwrap() == all);
+    let output = stop(target).join("\n");
+    assert_eq!(output.matches("no more room in").count(), 1, "{output}");
+    assert!(output.contains("cache of 4 MiB instead of 12"), "{output}");
+    assert!(fs::read(store.image()).unwrap() == all);
+}

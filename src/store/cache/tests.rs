@@ -734,3 +734,36 @@ fn what_was_to_be_completed_across_a_new_end_is_asked_for_again() {
     assert!(cache.next_run(cache.epoch(), 8, PLAIN).is_none());
     assert_eq!(cache.take_wanted(), [extent(0, 2)]);
 }
+
+#[test]
+fn room_is_taken_as_it_is_needed_and_idle_room_is_given_back() {
+    let block = |n: u64| Extent::new(Lba(n * 8), 8).unwrap();
+    let room = |cache: &mut Cache| cache.arena().with_room().count();
+    let mut cache = Cache::new(Arena::anonymous(4096, 3 * 1024).unwrap(), 1, 2000);
+    assert!(room(&mut cache) == 1 && cache.is_released());
+    for n in 0..2500 {
+        cache.keep(block(n), &[n as u8; 4096]);
+    }
+    assert!(room(&mut cache) == 3 && !cache.is_released());
+    let now = Instant::now();
+    let dirty = [7; 4096];
+    cache.write(block(9000), &dirty, now).unwrap();
+    let lent = cache.hit(block(1500)).unwrap();
+    cache.release_idle();
+    // What is dirty stays, and what someone is sending; all else may go, but for
+    // the first step.
+    assert!(cache.is_released() && room(&mut cache) == 3);
+    drop(lent);
+    cache.release_idle();
+    assert_eq!(room(&mut cache), 2);
+    assert!(cache.covers(block(0)) && cache.covers(block(9000)));
+    assert!(!cache.covers(block(1500)), "it was in what was given back");
+    for n in 0..2500 {
+        cache.keep(block(n), &[n as u8; 4096]);
+    }
+    assert_eq!(room(&mut cache), 3);
+    for n in [0, 1500, 2499] {
+        assert_eq!(&*cache.hit(block(n)).unwrap(), &[n as u8; 4096]);
+    }
+    assert_eq!(&*cache.hit(block(9000)).unwrap(), &dirty);
+}
