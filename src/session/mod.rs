@@ -172,7 +172,10 @@ impl Sessions {
             .chain(rest)
             .find(|index| {
                 let session = self.slots.get(*index).and_then(Option::as_ref);
-                session.is_some_and(|session| !session.is_used || is_silent(session, now))
+                session.is_some_and(|session| {
+                    let is_used = session.is_used || shadow::fault!("unused-sessions-stay");
+                    !is_used || is_silent(session, now)
+                })
             })
             .map(|index| SessionId(index as u32))
     }

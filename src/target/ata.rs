@@ -332,6 +332,8 @@ impl Target {
         };
         match begun {
             Ok(Work::Done(body)) => {
+                let marks = marks
+                    || drive::is_write(&taskfile) && shadow::fault!("empty-write-marks-its-tag");
                 if let (Some(id), Some(_), true) = (ask.session, life, marks) {
                     self.sessions.mark(id, origin.tag);
                 }

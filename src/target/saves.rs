@@ -145,7 +145,7 @@ impl Changes {
 
     /// `true` if one more change of this host may wait.
     pub fn has_room(&self, from: MacAddr) -> bool {
-        self.places.admits(Queue::of(from.0), 1)
+        self.places.admits(Queue::of(from.0), 1) || shadow::fault!("changes-without-bound")
     }
 
     fn begin(&mut self, from: MacAddr) {
@@ -202,7 +202,8 @@ impl Changes {
     }
 
     fn may_save(&self, now: Instant) -> bool {
-        self.saving.is_none() && self.save_due().is_none_or(|at| at <= now)
+        let due = self.save_due().is_none_or(|at| at <= now);
+        self.saving.is_none() && (due || shadow::fault!("saves-without-pace"))
     }
 
     /// When there is something to do that waits for its time.

@@ -72,6 +72,7 @@ fn however_many_changes_come_a_few_saves_take_them() {
         }
         let begun = bench.desk.borrow().saves as usize;
         saves.resize(begun, bench.now);
+        assert!(begun <= 55, "{begun} saves");
         assert!(bench.asked.len() <= CHANGES_MAX);
     }
     for (first, begin) in saves.iter().enumerate() {
@@ -85,7 +86,7 @@ fn however_many_changes_come_a_few_saves_take_them() {
             );
         }
     }
-    assert!((30..=55).contains(&saves.len()), "{} saves", saves.len());
+    assert!(saves.len() >= 30, "{} saves", saves.len());
     // Each save takes all that waits for it.
     assert!(answered > 40 * ALONE, "{answered}");
     while !bench.asked.is_empty() {
@@ -287,8 +288,8 @@ fn changes_are_told_in_one_short_line_a_second() {
     );
     // A flood of them.
     let mut count = 0;
-    for n in 0..10_000u32 {
-        bench.now += Duration::from_millis(1);
+    for n in 0..1000u32 {
+        bench.now += Duration::from_millis(10);
         let string = [&n.to_be_bytes()[..], &[b'y'; 1000]].concat();
         bench.send(SMALL, ALICE, &Ask::config(4, &string));
         bench.pump();
