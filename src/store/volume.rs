@@ -472,7 +472,8 @@ impl Volume {
 
     /// Takes that file away, when nothing in it is needed any more.
     pub fn remove_arena(&mut self) -> std::io::Result<()> {
-        if self.cache.has_unsynced() || self.cache.kept() > 0 {
+        let keeps = self.cache.kept() > 0 && !shadow::fault!("arena-of-what-is-kept-removed");
+        if self.cache.has_unsynced() || keeps {
             Ok(())
         } else {
             self.cache.arena().remove()

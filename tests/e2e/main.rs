@@ -25,6 +25,7 @@ mod nics;
 mod rig;
 mod rival;
 mod serve;
+mod slow;
 mod static_build;
 mod support;
 mod tools;

@@ -418,6 +418,7 @@ impl Volume {
             return;
         };
         let Flight { span, trial, .. } = self.health.flights.swap_remove(index);
+        let error = error.filter(|_| !shadow::fault!("failed-trial-acknowledged"));
         if let Some(error) = error {
             if let Some(trial) = trial {
                 self.tell_bad(span.byte_start(), &error.source, now);

@@ -180,7 +180,7 @@ impl Volume {
     ) -> Result<(), Refused> {
         let token = token().ok_or(Refused::NoRoom)?;
         let epoch = self.cache.close_epoch();
-        if !self.keeps_nothing() {
+        if !self.keeps_nothing() && !shadow::fault!("flush-forgets-what-is-kept") {
             // What is kept for a bad range is on no stable storage; the rest is
             // to be.
             self.flushing = self.flushing.max(Some(epoch));
