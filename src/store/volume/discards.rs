@@ -118,8 +118,9 @@ impl Discards {
         self.list.iter().any(excludes)
     }
 
-    /// An end of a discard was written, which may be in the range of another.
-    fn dirtied(&mut self, edge: Extent) {
+    /// An end of a discard was written, or what was kept is to be written, which
+    /// may be in the range of another.
+    pub fn dirtied(&mut self, edge: Extent) {
         let mut list = self.list.iter_mut();
         while let Some(other) = list.find(|d| d.progress == Progress::Clean && d.overlaps(edge)) {
             other.progress = Progress::Cleaning;
@@ -381,6 +382,12 @@ impl Volume {
         }
         let in_shadow = self.discards.edges.take().is_some();
         let many = self.discards.submitted().count() > 1;
+        // In the shadow it is forgotten already, but for what was written.
+        if ok && !in_shadow {
+            let ended = self.discards.submitted().filter(|d| d.host.is_some());
+            let extents: Vec<Extent> = ended.flat_map(|d| d.extents.clone()).collect();
+            self.forget_discarded(&extents, now);
+        }
         let mut index = 0;
         while let Some(discard) = self.discards.list.get_mut(index) {
             if discard.progress != Progress::Submitted {
@@ -390,7 +397,7 @@ impl Volume {
                 discard.alone = true;
                 index += 1;
             } else if let Some(discard) = self.discards.list.remove(index) {
-                self.end_discard(discard, ok, in_shadow, now);
+                self.end_discard(discard, ok, now);
             }
         }
         for _ in 0..self.held_reads.len() {
@@ -398,16 +405,12 @@ impl Volume {
         }
     }
 
-    fn end_discard(&mut self, discard: Discard, ok: bool, in_shadow: bool, now: Instant) {
+    fn end_discard(&mut self, discard: Discard, ok: bool, now: Instant) {
         let Some((token, queue)) = discard.host else {
             return self.zeros_ended(ok, now);
         };
         self.discards.places.release(queue, 1);
         if ok {
-            // In the shadow it is forgotten already, but for what was written.
-            if !in_shadow {
-                self.forget_discarded(&discard.extents, now);
-            }
             let epoch = self.cache.record_outside(now);
             if discard.durable {
                 self.until_synced.push_back(Waiter {
@@ -427,6 +430,9 @@ impl Volume {
         for extent in extents {
             self.overtake_fills(*extent);
             self.cache.forget(*extent);
+        }
+        // What is kept in the same blocks is dirty from here on.
+        for extent in extents {
             self.landed(*extent, now);
         }
     }

@@ -451,6 +451,7 @@ impl Volume {
         let span = self.groups_around(span);
         self.clear_bad(span);
         self.cache.write_kept(span, now);
+        self.discards.dirtied(self.cache.blocks_around(span));
     }
 
     /// Takes sectors off the bad ranges, and says so if these were the last.
