@@ -135,6 +135,8 @@ struct World {
     fail_at: Option<u64>,
     cut_at: Option<u64>,
     dead: bool,
+    fork_at: Option<u64>,
+    fork: Option<Box<World>>,
 }
 
 /// What becomes of an operation.
@@ -147,6 +149,10 @@ enum Turn {
 impl World {
     fn turn(&mut self) -> Turn {
         let number = self.operations;
+        if self.fork_at == Some(number) {
+            self.fork_at = None;
+            self.fork = Some(Box::new(self.copy()));
+        }
         self.operations += 1;
         if self.dead {
             return Turn::Cut;
@@ -237,6 +243,19 @@ impl Disk {
         self.world().fail_at = None;
     }
 
+    /// Keeps a copy of the disk as it is before the operation of this number.
+    pub fn fork_at(&self, number: u64) {
+        self.world().fork_at = Some(number);
+    }
+
+    /// The copy, if that operation has come; in any case none is kept any more.
+    pub fn take_fork(&self) -> Option<Disk> {
+        let mut world = self.world();
+        world.fork_at = None;
+        let fork = world.fork.take()?;
+        Some(Disk(Arc::new(Mutex::new(*fork))))
+    }
+
     /// Whether the power went.
     pub fn is_dead(&self) -> bool {
         self.world().dead
@@ -284,6 +303,14 @@ impl Disk {
                 Ok(())
             }
         })
+    }
+
+    /// The same file of another disk, such as a copy.
+    pub fn on(&self, file: &TrialFile) -> TrialFile {
+        TrialFile {
+            disk: self.clone(),
+            index: file.index,
+        }
     }
 
     /// The file of a name.
@@ -412,6 +439,11 @@ impl Files for Disk {
 }
 
 impl TrialFile {
+    /// `true` if both are the same file.
+    pub fn is_same(&self, other: &TrialFile) -> bool {
+        self.index == other.index
+    }
+
     /// All that a read shows now.
     pub fn bytes(&self) -> Vec<u8> {
         let world = self.disk.world();

@@ -27,7 +27,7 @@ use super::arena::{Arena, ArenaTrouble, Head, ImageId, OldArena, content};
 use super::disk::Backing;
 use super::image::{Image, SideLock};
 use super::run_dir::{RunDir, RunDirError, is_memory};
-use super::shadow::FoundShadow;
+use super::shadow::{FoundShadow, Place, Unaligned};
 
 use changed::{Change, Seen};
 use record::{ARENA, Left, tell_all};
@@ -562,22 +562,11 @@ impl<'a> Recovery<'a> {
             None => ("the image", RecoverTrouble::Replay as fn(io::Error) -> _),
         };
         let before = unreplayed.len();
-        old.replay(|generation, at, bytes| {
-            // A change of the image is ours from here on.
-            old.note_replay(real_time())?;
-            match shadow {
-                Some(shadow) => shadow.replay(image, generation, at, bytes),
-                None => write_or_keep(image, at, bytes, unreplayed),
-            }
-        })
-        .map_err(fail)?;
-        // What a merge has brought to the image is there before its bits go.
-        if !shadow::fault!("replay-not-synced") {
-            image.sync().map_err(fail)?;
-        }
-        if let Some(shadow) = shadow {
-            shadow.sync().map_err(fail)?;
-        }
+        // A change of the image is ours from here on.
+        let note = || old.note_replay(real_time());
+        let plain = |at, bytes: &[u8]| write_or_keep(image, at, bytes, unreplayed);
+        let below = Unaligned(image);
+        bring(old, &below, shadow.as_deref_mut(), note, plain).map_err(fail)?;
         if let Some(stamp) = image.stamp().map_err(fail)? {
             tell_all(self.peers.iter().map(PathBuf::as_path), &stamp);
         }
@@ -607,6 +596,32 @@ impl<'a> Recovery<'a> {
             );
         }
         Ok(())
+    }
+}
+
+/// Brings all that counts in an arena to image and shadow, on stable storage.
+/// `note` is called before each write; without a shadow `plain` writes.
+pub(super) fn bring<P: Place>(
+    old: &OldArena,
+    image: &dyn BlockFile,
+    mut shadow: Option<&mut FoundShadow<P>>,
+    mut note: impl FnMut() -> io::Result<()>,
+    mut plain: impl FnMut(u64, &[u8]) -> io::Result<()>,
+) -> io::Result<()> {
+    old.replay(|generation, at, bytes| {
+        note()?;
+        match &mut shadow {
+            Some(shadow) => shadow.replay(image, generation, at, bytes),
+            None => plain(at, bytes),
+        }
+    })?;
+    // What a merge has brought to the image is there before its bits go.
+    if !shadow::fault!("replay-not-synced") {
+        image.sync()?;
+    }
+    match shadow {
+        Some(shadow) => shadow.sync(),
+        None => Ok(()),
     }
 }
 

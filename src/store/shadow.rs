@@ -26,7 +26,8 @@ use crate::sys::buffer::Body;
 pub use error::ShadowError;
 
 use lock::open_lock;
-use place::{Place, RealPlace, ShadowedImage, probe};
+use place::RealPlace;
+pub use place::{Place, ShadowedImage};
 use record::Record;
 
 /// What is asked for of a shadow at a start.
@@ -51,27 +52,15 @@ pub struct FoundShadow<P: Place = RealPlace> {
     export: String,
 }
 
-impl FoundShadow {
-    /// Takes over what a dead process's cache held, generation by generation,
-    /// the older ones first. On stable storage after [`sync`](Self::sync).
-    pub fn replay(
-        &mut self,
-        image: &Image,
-        generation: u64,
-        at: u64,
-        bytes: &[u8],
-    ) -> io::Result<()> {
-        self.replay_onto(&Unaligned(image), generation, at, bytes)
-    }
-}
-
 impl<P: Place> FoundShadow<P> {
     /// Bytes of its chunks.
     pub fn chunk(&self) -> u64 {
         self.shadow.geometry().chunk()
     }
 
-    pub(super) fn replay_onto(
+    /// Takes over what a dead process's cache held, generation by generation,
+    /// the older ones first. On stable storage after [`sync`](Self::sync).
+    pub fn replay(
         &mut self,
         image: &dyn BlockFile,
         generation: u64,
@@ -119,7 +108,7 @@ impl<P: Place> FoundShadow<P> {
 /// What a dead process's cache held belongs to the image, if it is older than
 /// the freeze; to the shadow, if it is not; to both as one, if they are being
 /// merged.
-pub(super) fn replay<F: BlockFile>(
+fn replay<F: BlockFile>(
     shadow: &mut Shadow<F>,
     image: &dyn BlockFile,
     generation: u64,
@@ -147,7 +136,7 @@ fn warn_unmarked(export: &str, paths: &Paths, unmarked: Option<io::Error>) {
 }
 
 /// The header says what the name does: it is to be merged.
-pub(super) fn seal<F: BlockFile>(shadow: &mut Shadow<F>) -> io::Result<()> {
+fn seal<F: BlockFile>(shadow: &mut Shadow<F>) -> io::Result<()> {
     if shadow.state() == State::Thawing {
         return Ok(());
     }
@@ -155,7 +144,7 @@ pub(super) fn seal<F: BlockFile>(shadow: &mut Shadow<F>) -> io::Result<()> {
 }
 
 /// The image for who writes any sectors of it.
-struct Unaligned<'a>(&'a Image);
+pub(super) struct Unaligned<'a>(pub &'a Image);
 
 impl BlockFile for Unaligned<'_> {
     fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
@@ -231,7 +220,7 @@ pub(super) fn find<P: Place>(
             discard(&record, path, recorded.is_some(), &options.export)?;
         }
         return match given {
-            Some(path) => probe(path).map(|()| None),
+            Some(path) => place.probe(path).map(|()| None),
             None => Ok(None),
         };
     }
@@ -260,7 +249,7 @@ pub(super) fn find<P: Place>(
                 return Err(ShadowError::MarkerAlone(marker, other.clone()));
             }
             None if recorded.is_some() => return Err(ShadowError::Gone(path.to_owned())),
-            None => return probe(path).map(|()| None),
+            None => return place.probe(path).map(|()| None),
         },
         [name] => *name,
         [one, other, ..] => {

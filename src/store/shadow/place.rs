@@ -25,6 +25,8 @@ pub trait Place: Send + Sync {
 
     /// The files of the state directory.
     fn records(&self) -> &Self::Records;
+    /// Checks that a shadow could be made here.
+    fn probe(&self, path: &Path) -> Result<(), ShadowError>;
     /// Looks which names of a shadow are there.
     fn find(&self, paths: &Paths) -> io::Result<Names>;
     /// Makes a shadow as PATH.new, with its marker, on stable storage.
@@ -108,6 +110,10 @@ impl Place for RealPlace {
 
     fn records(&self) -> &RealFiles {
         &RealFiles
+    }
+
+    fn probe(&self, path: &Path) -> Result<(), ShadowError> {
+        probe(path)
     }
 
     fn find(&self, paths: &Paths) -> io::Result<Names> {

@@ -24,7 +24,7 @@ impl World {
     /// Writes sectors; says how that ended.
     fn write(&mut self, start: u64, count: u64, durable: bool) -> bool {
         let extent = Extent::new(Lba(start), count).unwrap();
-        let (token, data) = self.model.write(&[extent], false);
+        let (token, data) = self.model.write(&[extent], false, durable);
         let write = self.volume.write(
             self.now,
             || Some(token),
@@ -76,7 +76,7 @@ impl World {
 
     fn durable(&self, sector: u64) -> u64 {
         let at = (self.start + sector * 512) as usize;
-        value_of(&self.file.power.lock().unwrap().durable[at..at + 512])
+        value_of(&self.medium.file.stable_bytes()[at..at + 512])
     }
 }
 

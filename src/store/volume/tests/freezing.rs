@@ -1,146 +1,12 @@
-//! The world's shadow: its file and name, what a freeze keeps still, and what a
-//! start makes of what a process or the power has left.
+//! What a freeze keeps still, and what a start makes of what a process or the
+//! power has left: the real code of store and recovery, on the disk of the model.
 
 use super::*;
 use crate::store::arena::OldArena;
-use crate::store::disk::{Origin, Part, Step};
-use crate::store::shadow::{replay, seal};
-use shadow::{Geometry, Identity, Kind, MemoryFile, Shadow, Spec, State, header_page};
-
-/// Which name the shadow has.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Name {
-    None,
-    New,
-    Plain,
-    Thaw,
-}
-
-/// Image and shadow.
-#[derive(Debug)]
-pub struct Pair {
-    image: Arc<PowerFile>,
-    pub file: Arc<PowerFile>,
-    geometry: Geometry,
-    held: Mutex<Held>,
-}
-
-#[derive(Debug)]
-struct Held {
-    name: Name,
-    spec: Option<Spec>,
-    state: State,
-    sequence: u64,
-}
-
-impl Pair {
-    pub fn new(image: Arc<PowerFile>, start: u64) -> Pair {
-        let geometry = Geometry::new(4096, start, SECTORS * 512).unwrap();
-        let empty = vec![0; geometry.data_end() as usize];
-        Pair {
-            image,
-            file: Arc::new(PowerFile::holding(empty, 1)),
-            geometry,
-            held: Mutex::new(Held {
-                name: Name::None,
-                spec: None,
-                state: State::Freezing,
-                sequence: 0,
-            }),
-        }
-    }
-
-    pub fn name(&self) -> Name {
-        self.held.lock().unwrap().name
-    }
-
-    fn header(&self, held: &mut Held, state: State) {
-        held.sequence += 1;
-        held.state = state;
-        let page = header_page(&held.spec.unwrap(), state, held.sequence);
-        self.file.write_at(&page.bytes, page.offset).unwrap();
-        self.file.sync().unwrap();
-    }
-}
-
-impl BlockFile for Pair {
-    fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
-        self.file.read_at(buf, offset)
-    }
-    fn write_at(&self, data: &[u8], offset: u64) -> io::Result<()> {
-        self.file.write_at(data, offset)
-    }
-    fn sync(&self) -> io::Result<()> {
-        self.file.sync()
-    }
-}
-
-impl Backing for Pair {
-    fn read_now(&self, buf: &mut [u8], offset: u64) -> bool {
-        self.read_at(buf, offset).is_ok()
-    }
-    fn gather(&self, parts: &[Part], buf: &mut [u8]) -> io::Result<()> {
-        assert_ne!(self.name(), Name::None, "a read of a shadow that is gone");
-        let mut rest = buf;
-        for Part { origin, len } in parts {
-            let (piece, behind) = rest.split_at_mut(*len);
-            match origin {
-                Origin::Image(at) => self.image.read_at(piece, *at)?,
-                Origin::Shadow(at) => self.file.read_at(piece, *at)?,
-                Origin::Zeros => piece.fill(0),
-            }
-            rest = behind;
-        }
-        Ok(())
-    }
-    fn step(&self, step: &Step) -> io::Result<()> {
-        let mut held = self.held.lock().unwrap();
-        match step {
-            Step::Create {
-                uuid,
-                generation,
-                geometry,
-                ..
-            } => {
-                assert_eq!((held.name, *geometry), (Name::None, self.geometry));
-                let empty = vec![0; geometry.data_end() as usize];
-                *self.file.power.lock().unwrap() = Power {
-                    live: empty.clone(),
-                    durable: empty,
-                    pending: Vec::new(),
-                };
-                held.spec = Some(Spec {
-                    uuid: *uuid,
-                    generation: *generation,
-                    geometry: *geometry,
-                    identity: Identity {
-                        kind: Kind::File,
-                        a: 1,
-                        b: 2,
-                        bytes: BYTES as u64,
-                        facts: shadow::Facts::default(),
-                    },
-                });
-                held.sequence = 0;
-                self.header(&mut held, State::Freezing);
-                held.name = Name::New;
-            }
-            Step::Appear => {
-                assert_eq!(held.name, Name::New);
-                held.name = Name::Plain;
-            }
-            Step::Seal => {
-                if held.name == Name::Plain {
-                    held.name = Name::Thaw;
-                }
-                self.header(&mut held, State::Thawing);
-            }
-            Step::Reserve(_) | Step::Release => {}
-            Step::Vanish => held.name = Name::None,
-        }
-        Ok(())
-    }
-}
+use crate::store::recover::bring;
+use crate::store::shadow::{Place, ShadowOptions, ShadowStore, find};
+use shadow::trial::Fate as Kept;
+use shadow::{Found, Paths, State};
 
 /// What a freeze must leave in the image.
 #[derive(Clone, Debug)]
@@ -153,6 +19,59 @@ pub struct Still {
     to: Vec<usize>,
     /// The image once it is still.
     bytes: Option<Vec<u8>>,
+}
+
+/// What a start has made of a disk.
+pub struct Recovered {
+    pub store: ShadowStore<TrialPlace>,
+    pub left: Option<LeftShadow>,
+}
+
+fn options() -> ShadowOptions {
+    ShadowOptions {
+        path: Some(shadow_path().to_owned()),
+        state_dir: "/state".into(),
+        discard: false,
+        export: "e1.1".into(),
+    }
+}
+
+/// A start: the order of `server::open`, but that the arena stays as it is.
+pub fn start(medium: &Medium, arena: Option<&Path>) -> Result<Recovered, String> {
+    let place = TrialPlace(medium.disk.clone());
+    let options = options();
+    let mut found = find(place.clone(), medium, &options).map_err(|e| e.to_string())?;
+    if let Some(path) = arena {
+        let old = OldArena::look(path).map_err(|e| e.to_string())?;
+        let image = Medium {
+            // Where any sectors may be written.
+            align: 1,
+            ..medium.on(&medium.disk)
+        };
+        let plain = |at, bytes: &[u8]| image.write_at(bytes, at);
+        bring(&old, &image, found.as_mut(), || Ok(()), plain).map_err(|e| e.to_string())?;
+    }
+    let image = Arc::new(medium.clone());
+    let (store, left) = ShadowStore::with(place, image, shadow_path(), &options, found)
+        .map_err(|e| e.to_string())?;
+    Ok(Recovered { store, left })
+}
+
+/// What is read of the export.
+fn seen(medium: &Medium) -> Vec<u8> {
+    let place = TrialPlace(medium.disk.clone());
+    let paths = Paths::of(shadow_path());
+    let image = &medium.file;
+    let start = window_start(medium.align);
+    let mut seen = vec![0; (SECTORS * 512) as usize];
+    match place.find(&paths).unwrap().files.first() {
+        Some(name) => {
+            let shadow = place.open(name.path(&paths)).unwrap();
+            shadow.read(image, start, &mut seen).unwrap();
+        }
+        None => image.read_at(&mut seen, start).unwrap(),
+    }
+    seen
 }
 
 impl World {
@@ -171,20 +90,34 @@ impl World {
                 bytes: None,
             });
         }
-        let held = self.pair.held.lock().unwrap();
-        if held.name != Name::Plain || held.state == State::Thawing {
+        let names = TrialPlace(self.medium.disk.clone())
+            .find(&Paths::of(shadow_path()))
+            .unwrap();
+        if !names.files.contains(&Found::Plain) {
             return;
         }
-        let image = self.file.live();
+        let image = self.medium.live();
+        if self
+            .still
+            .as_ref()
+            .is_some_and(|still| still.bytes.is_none())
+        {
+            self.check_still(&image, true);
+        }
         let Some(still) = &mut self.still else { return };
-        let first = still.bytes.is_none();
         let bytes = still.bytes.get_or_insert_with(|| image.clone());
         assert!(*bytes == image, "the image moves while it is frozen");
-        for sector in (0..SECTORS as usize).filter(|_| first) {
+    }
+
+    /// The image of a freeze has nothing that was asked for after it, and `whole`
+    /// all that was acknowledged before it.
+    fn check_still(&self, image: &[u8], whole: bool) {
+        let Some(still) = &self.still else { return };
+        for sector in 0..SECTORS as usize {
             let at = self.start as usize + sector * 512;
             let value = value_of(&image[at..at + 512]);
-            let range = still.from[sector]..still.to[sector];
-            let may = &self.model.history[sector][range];
+            let from = if whole { still.from[sector] } else { 0 };
+            let may = &self.model.history[sector][from..still.to[sector]];
             assert!(
                 may.contains(&value),
                 "sector {sector} is {value}, not of {may:?}"
@@ -193,108 +126,117 @@ impl World {
     }
 
     pub fn left_in_arena(&self) -> u64 {
-        OldArena::look(&self.dir.path().join("arena"))
-            .unwrap()
-            .sectors()
-    }
-
-    /// What a start makes of an image and a shadow: what is read then, and the
-    /// shadow. With `arena`, what the cache held is there still.
-    fn recovered(
-        &self,
-        image: Vec<u8>,
-        file: Vec<u8>,
-        arena: bool,
-    ) -> (Vec<u8>, Vec<u8>, Option<Shadow<MemoryFile>>) {
-        let image = MemoryFile::new(image);
-        let held = self.pair.held.lock().unwrap();
-        let len = file.len() as u64;
-        let mut shadow = (held.name != Name::None)
-            .then(|| Shadow::open(MemoryFile::new(file), len).expect("the shadow opens"));
-        if arena {
-            let old = OldArena::look(&self.dir.path().join("arena")).unwrap();
-            if let Some(shadow) = shadow.as_mut().filter(|_| held.name == Name::Thaw) {
-                seal(shadow).unwrap();
-            }
-            old.replay(|generation, at, bytes| match &mut shadow {
-                Some(shadow) => replay(shadow, &image, generation, at, bytes),
-                None => image.write_at(bytes, at),
-            })
-            .unwrap();
-            if let Some(shadow) = &mut shadow {
-                shadow.sync().unwrap();
-            }
+        match &self.arena {
+            Some(path) => OldArena::look(path).unwrap().sectors(),
+            None => 0,
         }
-        let mut seen = vec![0; (SECTORS * 512) as usize];
-        match &shadow {
-            Some(shadow) => shadow.read(&image, self.start, &mut seen).unwrap(),
-            None => image.read_at(&mut seen, self.start).unwrap(),
-        }
-        (seen, image.bytes(), shadow)
     }
 
     /// What a start after a kill at this instant would find.
     pub fn check_kill(&self) {
-        let (seen, image, _) = self.recovered(self.file.live(), self.pair.file.live(), true);
-        for (sector, bytes) in seen.chunks(512).enumerate() {
-            let from = self.model.acked[sector];
+        let disk = self.medium.disk.copy();
+        self.check_kill_of(&disk, self.arena.as_deref(), &self.model.acked);
+    }
+
+    fn check_kill_of(&self, disk: &trial::Disk, arena: Option<&Path>, acked: &[usize]) {
+        let medium = self.medium.on(disk);
+        // A start that is killed as well, and the next one.
+        let lot = self.fate.borrow_mut().draw();
+        if lot % 4 == 0 {
+            disk.cut_at(disk.operations() + (lot / 4) as u64 % 40);
+            let _ = start(&medium, arena);
+        }
+        let medium = self.medium.on(&disk.copy());
+        let recovered = start(&medium, arena).expect("a start after a kill");
+        self.check_frozen(&medium, recovered.left, true);
+        for (sector, bytes) in seen(&medium).chunks(512).enumerate() {
+            let from = acked[sector];
             self.model.check("after a kill", sector as u64, bytes, from);
         }
-        let below = &image[..self.start as usize];
+        let below = &medium.live()[..self.start as usize];
         assert!(below.iter().all(|b| *b == 0), "below the window");
     }
 
     /// What may be found after the power is cut at this instant.
     pub fn check_cut(&self) {
-        let fate = &mut *self.fate.borrow_mut();
-        let (image, file) = (self.file.after_cut(fate), self.pair.file.after_cut(fate));
-        let (seen, ..) = self.recovered(image, file, false);
-        for (sector, bytes) in seen.chunks(512).enumerate() {
-            let from = self.model.flushed[sector];
+        self.check_cut_of(&self.medium.disk, &self.model.flushed);
+    }
+
+    fn check_cut_of(&self, disk: &trial::Disk, flushed: &[usize]) {
+        let (lot, seed) = {
+            let mut fate = self.fate.borrow_mut();
+            (fate.draw(), fate.draw() as u64)
+        };
+        let kept = match lot % 8 {
+            0 => Kept::Lost,
+            1 => Kept::Kept,
+            _ => Kept::Torn(seed),
+        };
+        let mut disk = disk.restart(kept);
+        if lot / 8 % 4 == 0 {
+            // And again in the start.
+            disk.cut_at((lot / 32) as u64 % 20);
+            let _ = start(&self.medium.on(&disk), None);
+            disk = disk.restart(Kept::Torn(seed + 1));
+        }
+        let medium = self.medium.on(&disk);
+        let recovered = start(&medium, None).expect("a start after a cut");
+        for (sector, bytes) in seen(&medium).chunks(512).enumerate() {
+            let from = flushed[sector];
             self.model.check("after a cut", sector as u64, bytes, from);
         }
+        self.check_frozen(&medium, recovered.left, false);
+    }
+
+    /// What says that it is frozen has the image of that freeze.
+    fn check_frozen(&self, medium: &Medium, left: Option<LeftShadow>, whole: bool) {
+        let left = left.filter(|left| left.state != State::Thawing);
+        let still = self.still.as_ref();
+        if left.is_some_and(|left| still.is_some_and(|s| s.generation == left.generation)) {
+            self.check_still(&medium.live(), whole);
+        }
+    }
+
+    /// Looks at what a job has left in its middle; `acked` and `flushed` are of
+    /// before the step.
+    pub fn check_look(&mut self, acked: &[usize], flushed: &[usize]) {
+        let Some(Look { disk, arena }) = self.fate.borrow_mut().look.take() else {
+            return;
+        };
+        let path = self.dir.path().join("look");
+        if let Some(bytes) = &arena {
+            std::fs::write(&path, bytes).unwrap();
+        }
+        self.check_cut_of(&disk, flushed);
+        self.check_kill_of(&disk, arena.map(|_| path.as_path()), acked);
     }
 
     /// Dies here, and starts again.
     pub fn kill(&mut self) {
-        let (_, image, shadow) = self.recovered(self.file.live(), self.pair.file.live(), true);
-        // All of it is synced before the arena goes.
-        *self.file.power.lock().unwrap() = Power {
-            live: image.clone(),
-            durable: image,
-            pending: Vec::new(),
-        };
-        let mut left = None;
-        if let Some(shadow) = shadow {
-            let (file, spec, state, sequence, map) = shadow.into_parts();
-            let mut held = self.pair.held.lock().unwrap();
-            *self.pair.file.power.lock().unwrap() = Power {
-                live: file.bytes(),
-                durable: file.bytes(),
-                pending: Vec::new(),
-            };
-            (held.state, held.sequence) = (state, sequence);
-            if held.name == Name::Thaw {
-                self.pair.header(&mut held, State::Thawing);
-            }
-            if held.name == Name::New && held.state != State::Thawing {
-                held.name = Name::Plain;
-            }
-            left = Some(LeftShadow {
-                state: held.state,
-                geometry: spec.geometry,
-                map,
-                generation: spec.generation,
-            });
-        }
+        self.medium.disk.fail_none();
+        let recovered = start(&self.medium, self.arena.as_deref()).expect("a start");
         // Nobody is told of what was under way, which was done or not.
         for asked in &mut self.model.asked {
             *asked = None;
         }
-        std::fs::remove_file(self.dir.path().join("arena")).unwrap();
-        let parts = (&self.file, &self.pair, &self.fate);
-        let kind = (self.slots, self.direct, self.align);
-        self.volume = World::volume(parts, self.now, self.dir.path(), self.start, kind, left);
+        if let Some(path) = &self.arena {
+            std::fs::remove_file(path).unwrap();
+        }
+        self.volume = World::volume(
+            &self.medium,
+            recovered,
+            &self.fate,
+            self.now,
+            self.arena.as_deref(),
+            self.build,
+        );
         self.watch_freeze(self.model.acked.clone());
+    }
+
+    /// `true` if nothing is left of any freeze.
+    pub fn is_thawed(&self) -> bool {
+        let place = TrialPlace(self.medium.disk.clone());
+        let names = place.find(&Paths::of(shadow_path())).unwrap();
+        names.files.is_empty() && names.markers.is_empty() && records(&self.medium.disk).is_empty()
     }
 }

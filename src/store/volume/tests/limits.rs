@@ -32,11 +32,11 @@ fn a_freeze_thaws_itself_after_freeze_max() {
     let max = Duration::from_secs(3600);
     let mut world = frozen(max);
     let began = world.now - world.volume.options.max_dirty_age;
-    let still = world.file.live();
+    let still = world.medium.live();
     // It wakes by itself: for the reminders, and for the end.
     let mut wakes = Vec::new();
     while world.volume.phase() == Phase::Frozen {
-        assert_eq!(world.file.live(), still);
+        assert_eq!(world.medium.live(), still);
         let deadline = world.volume.deadline().unwrap();
         assert!(deadline > world.now, "it is woken again and again");
         world.now = deadline;
@@ -47,20 +47,20 @@ fn a_freeze_thaws_itself_after_freeze_max() {
     assert_eq!(wakes, reminders);
     rest(&mut world);
     assert_eq!(world.volume.phase(), Phase::Running);
-    assert_ne!(world.file.live(), still);
+    assert_ne!(world.medium.live(), still);
     world.settle();
 }
 
 #[test]
 fn without_freeze_max_it_stays_frozen() {
     let mut world = frozen(Duration::ZERO);
-    let still = world.file.live();
+    let still = world.medium.live();
     for _ in 0..1000 {
         world.now = world.volume.deadline().unwrap();
         rest(&mut world);
         assert_eq!(world.volume.phase(), Phase::Frozen);
     }
-    assert_eq!(world.file.live(), still);
+    assert_eq!(world.medium.live(), still);
     world.settle();
 }
 
