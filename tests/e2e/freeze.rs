@@ -285,6 +285,54 @@ fn killed_in_any_phase_nothing_acknowledged_is_lost() {
 }
 
 #[test]
+fn killed_without_an_arena_nothing_acknowledged_is_lost() {
+    if !lab::require("kills in a freeze without an arena", &[Need::Network]) {
+        return;
+    }
+    let bed = Bed::new();
+    // Nothing can be made in /proc, so writes go through.
+    let through = [
+        "--run-dir",
+        "/proc/aoede",
+        "--set",
+        "idle_flush=600000",
+        "--set",
+        "max_dirty_age=600000",
+    ];
+    let mut target = bed.start(&through);
+    bed.client().write_many(0, &data(1, 600)).unwrap();
+    bed.freeze(&target);
+    let still = bed.image();
+    let mut expected = bed.seen();
+    let write = |expected: &mut Vec<u8>, at: usize, new: Vec<u8>| {
+        bed.client().write_many(at as u64, &new).unwrap();
+        expected[at * 512..at * 512 + new.len()].copy_from_slice(&new);
+    };
+    for n in 0..5 {
+        write(&mut expected, 100 + 50 * n, data(n as u8 + 2, 3));
+        target.kill().unwrap();
+        target = bed.start(&through);
+        assert!(bed.seen() == expected, "frozen, kill {n}");
+        assert!(bed.image() == still, "the image moves while it is frozen");
+    }
+    // Writes of the thaw: over what is to be merged, and beside it.
+    order(&target, 2);
+    for n in 0..5 {
+        write(&mut expected, 101 + 50 * n, data(n as u8 + 20, 1));
+        write(&mut expected, 2000 + n, data(n as u8 + 30, 1));
+        target.kill().unwrap();
+        target = bed.start(&through);
+        assert!(bed.seen() == expected, "thawing, kill {n}");
+        if !bed.shadows().is_empty() {
+            try_order(&target, 2).ok();
+        }
+    }
+    until("the shadow vanishes", || bed.shadows().is_empty());
+    stop(target);
+    assert!(bed.image() == expected);
+}
+
+#[test]
 fn a_start_without_the_shadow_is_refused() {
     if !lab::require("a start that forgets the shadow", &[Need::Network]) {
         return;

@@ -412,7 +412,7 @@ impl Volume {
         self.discards.places.release(queue, 1);
         if ok {
             let epoch = self.cache.record_outside(now);
-            if discard.durable {
+            if discard.durable || self.needs_bits() {
                 self.until_synced.push_back(Waiter {
                     token,
                     epoch,

@@ -405,6 +405,7 @@ impl Volume {
                         geometry,
                         map: Map::new(geometry, uuid),
                     });
+                    self.wait_for_bits();
                     self.cache.limit_dirty(slots);
                     let cut = self.cache.begin_generation();
                     self.freezing.stage = Stage::Freezing { cut };

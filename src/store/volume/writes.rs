@@ -162,7 +162,7 @@ impl Volume {
             flush: false,
             extent: Some(extent),
         };
-        if durable {
+        if durable || self.needs_bits() {
             self.until_synced.push_back(waiter);
         } else if self.options.write_through {
             self.until_written.push_back(waiter);
@@ -170,6 +170,25 @@ impl Volume {
             return Write::Done;
         }
         Write::Parked
+    }
+
+    /// `true` if a change that is acknowledged must have its data and the shadow's
+    /// bits on stable storage: no arena has it, and without the bits a start
+    /// would read what was in its place before.
+    pub(super) fn needs_bits(&self) -> bool {
+        let early = shadow::fault!("acknowledged-before-bits");
+        self.options.write_through && self.view.is_some() && !early
+    }
+
+    /// Lets all that waits for its write-back wait for the bits as well: from now
+    /// on there is a shadow.
+    pub(super) fn wait_for_bits(&mut self) {
+        if self.needs_bits() {
+            self.until_synced.append(&mut self.until_written);
+            // A group commit serves them in the order of their epochs.
+            let waiters = self.until_synced.make_contiguous();
+            waiters.sort_by_key(|waiter| waiter.epoch);
+        }
     }
 
     /// Ends once all that ended before is on stable storage.
