@@ -21,11 +21,15 @@ const QUANTUM: u64 = 64 << 10;
 /// much in the time of one seek, and a small request may not be nearly free.
 const OPERATION: u64 = 32 << 10;
 
-/// The queue of an initiator.
+/// The queue of an initiator, or [`OURS`](Queue::OURS).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Queue(u8);
 
 impl Queue {
+    /// What the target does of its own accord. It is refused nothing for others'
+    /// sake, and waits in no [`FairQueue`].
+    pub const OURS: Queue = Queue(QUEUES as u8);
+
     /// Returns the queue of the initiator with this MAC address.
     pub fn of(mac: [u8; 6]) -> Queue {
         let [a, b, c, d, e, f] = mac;
@@ -74,7 +78,7 @@ pub fn cost(bytes: u64) -> u64 {
 pub struct Shares {
     capacity: u64,
     headroom: u64,
-    used: [u64; QUEUES],
+    used: [u64; QUEUES + 1],
     total: u64,
     /// Queues that have any.
     active: u64,
@@ -87,7 +91,7 @@ impl Shares {
         Shares {
             capacity,
             headroom: headroom.min(capacity / 2),
-            used: [0; QUEUES],
+            used: [0; QUEUES + 1],
             total: 0,
             active: 0,
         }
@@ -98,17 +102,28 @@ impl Shares {
         self.total
     }
 
+    /// `true` if no other queue has any.
+    pub fn is_alone(&self, queue: Queue) -> bool {
+        self.total == self.used[queue.index()]
+    }
+
     /// `true` if a queue may take so much more. Whoever has nothing may take it
     /// if nobody has, however much it is.
     pub fn admits(&self, queue: Queue, amount: u64) -> bool {
+        self.total == 0 || self.admits_of(self.capacity, self.headroom, queue, amount)
+    }
+
+    /// The same of another capacity.
+    pub fn admits_of(&self, capacity: u64, headroom: u64, queue: Queue, amount: u64) -> bool {
         let total = self.total + amount;
-        let open = self.capacity - self.headroom;
-        if total <= open || self.total == 0 {
+        let open = capacity - headroom;
+        if total <= open {
             return true;
         }
         let used = self.used[queue.index()];
         let active = self.active + u64::from(used == 0);
-        total <= self.capacity && used + amount <= open / active.max(2)
+        let share = queue == Queue::OURS || used + amount <= open / active.max(2);
+        total <= capacity && share
     }
 
     /// Takes so much for a queue.

@@ -39,6 +39,8 @@ impl Cache {
         let meta = &mut self.meta[slot as usize];
         meta.state = State::Kept;
         meta.unsent = 0;
+        let owner = meta.owner;
+        self.owned.release(owner, 1);
         self.kept += 1;
     }
 
@@ -55,6 +57,8 @@ impl Cache {
                 meta.state = State::Dirty;
                 meta.waits = false;
                 meta.failed = false;
+                let owner = meta.owner;
+                self.owned.take(owner, 1);
                 self.kept -= 1;
                 self.queue_back(slot);
             }

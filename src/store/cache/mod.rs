@@ -27,6 +27,7 @@ use std::time::Instant;
 use shadow::{Extent, Lba, SECTOR};
 
 use super::arena::{Arena, runs};
+use super::fair::{self, Shares};
 use crate::sys::buffer::Body;
 
 use epochs::Epochs;
@@ -39,6 +40,8 @@ pub use writeback::{Record, Run};
 
 /// The most blocks that one request touches: 255 sectors, begun anywhere.
 const PIECES_MAX: usize = 255 / 8 + 2;
+/// The part of the dirty slots that is kept for initiators that have few.
+const HEADROOM_SHARE: u64 = 32;
 /// So many slots must be allowed to be dirty, or a long write never has room.
 pub const DIRTY_MIN: u64 = PIECES_MAX as u64;
 
@@ -100,6 +103,8 @@ struct Meta {
     /// The queue of dirty slots.
     previous: u32,
     next: u32,
+    /// Whose write made it dirty.
+    owner: fair::Queue,
     /// The operation that must not lose this slot.
     guard: u32,
     /// Reads of the disk that must not lose this block.
@@ -152,6 +157,10 @@ pub struct Cache {
     /// Slots with dirty sectors, and those of them that are kept.
     dirty: u32,
     kept: u32,
+    /// Who has how many of those that are not kept.
+    owned: Shares,
+    /// Whose write is being taken.
+    writer: fair::Queue,
     dirty_max: u32,
     sequence: u64,
     operation: u32,
@@ -211,6 +220,7 @@ impl Cache {
             present: false,
             waits: false,
             reads: false,
+            owner: fair::Queue::OURS,
             guard: 0,
             holds: 0,
             previous: NONE,
@@ -235,6 +245,8 @@ impl Cache {
             written: Vec::new(),
             dirty: 0,
             kept: 0,
+            owned: Shares::new(u64::from(count), 0),
+            writer: fair::Queue::OURS,
             dirty_max: dirty_max.clamp(1, count),
             sequence: 0,
             operation: 0,
@@ -509,6 +521,20 @@ impl Cache {
         self.write_up_to(extent, data, now, self.dirty_max)
     }
 
+    /// The same for an initiator, which has its share of the dirty slots.
+    pub fn write_for(
+        &mut self,
+        queue: fair::Queue,
+        extent: Extent,
+        data: &[u8],
+        now: Instant,
+    ) -> Result<Epoch, Full> {
+        self.writer = queue;
+        let written = self.write(extent, data, now);
+        self.writer = fair::Queue::OURS;
+        written
+    }
+
     /// The same where so many slots may be dirty.
     pub fn write_up_to(
         &mut self,
@@ -532,7 +558,14 @@ impl Cache {
             fresh += u32::from(more);
         }
         // What is kept has a bound of its own.
-        let mut room = self.dirty - self.kept + fresh <= dirty_max || fresh == 0;
+        let (most, fresh) = (u64::from(dirty_max), u64::from(fresh));
+        // One that comes later has what becomes clean until both have as much.
+        let headroom = match self.owned.is_alone(self.writer) {
+            true => 0,
+            false => most / HEADROOM_SHARE,
+        };
+        let writer = self.writer;
+        let mut room = fresh == 0 || self.owned.admits_of(most, headroom, writer, fresh);
         for (piece, slot) in self.pieces(extent).zip(&mut slots) {
             if room && self.in_place(piece.block).is_none() {
                 match self.take_slot() {
@@ -622,7 +655,10 @@ impl Cache {
                 }
                 self.meta[fresh as usize].line = before.line;
                 self.publish(fresh, dirty);
+                self.owned.release(before.owner, 1);
+                self.owned.take(self.writer, 1);
                 let meta = &mut self.meta[fresh as usize];
+                meta.owner = self.writer;
                 meta.epoch = before.epoch;
                 meta.state = before.state;
                 meta.waits = before.waits;
@@ -651,6 +687,9 @@ impl Cache {
                 let dirty = matches!(before.state, State::Written | State::Kept);
                 self.dirty -= u32::from(dirty);
                 self.kept -= u32::from(before.state == State::Kept);
+                if before.state == State::Written {
+                    self.owned.release(before.owner, 1);
+                }
                 self.release(old);
                 self.queue_back(fresh);
             }
@@ -664,6 +703,8 @@ impl Cache {
         let epoch = self.epochs.current();
         self.epochs.add(epoch, true, now);
         self.dirty += 1;
+        self.owned.take(self.writer, 1);
+        self.meta[slot as usize].owner = self.writer;
         let meta = &mut self.meta[slot as usize];
         meta.epoch = epoch;
         meta.state = State::Dirty;

@@ -240,6 +240,8 @@ impl<'a> Bench<'a> {
         assert_eq!(cache.dirty as usize, dirty, "dirty slots");
         let kept = cache.meta.iter().filter(|meta| meta.state == State::Kept);
         assert_eq!(cache.kept as usize, kept.count(), "kept slots");
+        let owned = cache.owned.total();
+        assert_eq!(owned, u64::from(cache.dirty - cache.kept), "owned slots");
         // Each slot is in one place.
         let mut seen = vec![0; cache.meta.len()];
         for slot in cache.free.iter().chain(&cache.limbo) {

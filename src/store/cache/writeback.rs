@@ -9,6 +9,7 @@ use std::time::Instant;
 
 use shadow::{Extent, Lba, SECTOR};
 
+use super::super::fair;
 use super::epochs::Epoch;
 use super::index::NONE;
 use super::{Cache, State, runs};
@@ -301,7 +302,9 @@ impl Cache {
                 self.arena.write(fresh, at, &data[from..from + len]);
             }
             self.fill_slot(fresh, piece.block, valid | missing);
+            self.writer = before.owner;
             self.supersede(Some(old), fresh, before.dirty, now);
+            self.writer = fair::Queue::OURS;
         }
     }
 
@@ -341,6 +344,7 @@ impl Cache {
             self.meta[newer as usize].waits = false;
         }
         self.dirty -= 1;
+        self.owned.release(meta.owner, 1);
         if meta.failed {
             // In this order: an account without versions is closed.
             self.inherit(newer, meta.epoch, now);
@@ -461,6 +465,7 @@ impl Cache {
                     meta.dirty = 0;
                     meta.state = State::Clean;
                     self.dirty -= 1;
+                    self.owned.release(meta.owner, 1);
                     // Not the record's: it may have inherited an older one.
                     let (epoch, block) = (meta.epoch, meta.block);
                     self.epochs.remove(epoch, false);

@@ -362,9 +362,10 @@ impl Volume {
         if self.freezing.is_forgetting() {
             return;
         }
-        while let Some(&(_, edge)) = self.discards.edges.as_ref().and_then(|edges| edges.last()) {
+        while let Some(&(queue, edge)) = self.discards.edges.as_ref().and_then(|edges| edges.last())
+        {
             let zeros = &ZEROS[..edge.byte_len() as usize];
-            if self.cache.write(edge, zeros, now).is_err() {
+            if self.cache.write_for(queue, edge, zeros, now).is_err() {
                 return;
             }
             if let Some(edges) = &mut self.discards.edges {

@@ -480,7 +480,7 @@ impl Volume {
             data,
             durable,
         } = trial;
-        match self.cache.write(extent, &data, now) {
+        match self.cache.write_for(queue, extent, &data, now) {
             Ok(epoch) => {
                 self.overtake_fills(extent);
                 self.write_bytes.release(queue, data.len() as u64);

@@ -66,7 +66,7 @@ impl Volume {
             if waits {
                 given = Some(token().ok_or(Refused::NoRoom)?);
             }
-            if let Ok(epoch) = self.cache.write(extent, data, now) {
+            if let Ok(epoch) = self.cache.write_for(queue, extent, data, now) {
                 self.overtake_fills(extent);
                 return Ok(match given {
                     Some(token) => self.wait_for(now, token, extent, epoch, durable),
@@ -250,7 +250,7 @@ impl Volume {
             let Some(write) = self.writes.head(queue) else {
                 return;
             };
-            let Ok(epoch) = self.cache.write(extent, &write.data, now) else {
+            let Ok(epoch) = self.cache.write_for(queue, extent, &write.data, now) else {
                 passed.add(queue);
                 continue;
             };

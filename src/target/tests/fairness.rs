@@ -545,3 +545,29 @@ fn trims_that_wait_become_one() {
         "{answered} of 2000 on a disk that does 500/s"
     );
 }
+
+/// Writes of half a block of the disk, whose other half must be read first.
+fn half_blocks() -> Host {
+    Host::new(BOB, every(1000), |n| {
+        Ask::write(place(n, 1), &sectors(1, 1))
+    })
+}
+
+#[test]
+fn half_blocks_of_one_leave_another_its_cached_writes() {
+    let plan = Plan {
+        direct: true,
+        align: 1024,
+        slots: 256,
+        ..PLAN
+    };
+    let polite = || {
+        Host::new(ALICE, Pace::Closed(8), |n| {
+            // Now and then other blocks, which need slots of their own.
+            let block = n % 50 + n / 100_000 * 50;
+            Ask::write(place(block, 0), &sectors(n as u8, 2))
+        })
+    };
+    let ratio = ratio(plan, polite, half_blocks, Duration::from_secs(1));
+    assert!(ratio >= LEAST, "{ratio:.2} of what it gets alone");
+}
