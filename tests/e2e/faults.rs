@@ -396,7 +396,7 @@ fn a_stop_waits_as_long_as_a_slow_disk_makes_progress() {
     for n in 0..340 {
         assert_eq!(bed.store.sectors(n as usize * 12, 1), [n as u8; 512]);
     }
-    assert_eq!(files(bed.store.run(), ""), [] as [PathBuf; 0]);
+    assert_eq!(files(&bed.store.arenas(), ""), [] as [PathBuf; 0]);
 }
 
 #[test]

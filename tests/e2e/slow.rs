@@ -104,6 +104,6 @@ fn a_stop_on_a_slow_device_brings_everything_to_it() {
             let piece = &bytes[n * MIB..][..MIB];
             assert!(piece.iter().all(|byte| *byte == n as u8 + 1), "MiB {n}");
         }
-        assert_eq!(files(store.run(), ".arena"), [] as [PathBuf; 0]);
+        assert_eq!(files(&store.arenas(), ".arena"), [] as [PathBuf; 0]);
     }
 }

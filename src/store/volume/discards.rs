@@ -127,9 +127,11 @@ impl Discards {
         }
     }
 
-    /// When the first of those came that the disk does not have.
+    /// When the first of those came that the disk does not have. The zeros of a
+    /// thaw are not given up.
     pub fn oldest(&self) -> Option<Instant> {
-        let waits = |discard: &&Discard| discard.progress != Progress::Submitted;
+        let waits =
+            |discard: &&Discard| discard.progress != Progress::Submitted && discard.host.is_some();
         self.list.iter().find(waits).map(|discard| discard.since)
     }
 
