@@ -159,6 +159,6 @@ fn nothing_acknowledged_is_lost_by_kill_9_with_a_cache_far_too_small() {
 #[test]
 fn nothing_acknowledged_is_lost_by_kill_9_without_memory_that_survives() {
     // No directory can be made there, so writes go through.
-    let options = ["--run-dir", "/dev/null/run"];
+    let options = ["--run-dir", "/proc/aoede"];
     sweep("kill sweep, write-through", &options, 4096, 1000, 1536);
 }
