@@ -3,10 +3,11 @@
 
 use super::*;
 use crate::store::arena::OldArena;
+use crate::store::disk::Step;
 use crate::store::recover::bring;
 use crate::store::shadow::{Place, ShadowOptions, ShadowStore, find};
 use shadow::trial::Fate as Kept;
-use shadow::{Found, Paths, State};
+use shadow::{Chunk, Found, Geometry, Map, Paths, State};
 
 /// What a freeze must leave in the image.
 #[derive(Clone, Debug)]
@@ -239,4 +240,33 @@ impl World {
         let names = place.find(&Paths::of(shadow_path())).unwrap();
         names.files.is_empty() && names.markers.is_empty() && records(&self.medium.disk).is_empty()
     }
+}
+
+/// A process that saw a sync fail has left bits that reads show and the disk does
+/// not have.
+#[test]
+fn a_start_brings_the_bits_that_it_reads_to_stable_storage() {
+    let medium = Medium::new(1);
+    let geometry = Geometry::new(4096, window_start(1), SECTORS * 512).unwrap();
+    let store = start(&medium, None).unwrap().store;
+    let create = Step::Create {
+        uuid: [7; 16],
+        generation: 1,
+        geometry,
+        reserve: 0,
+    };
+    for step in [create, Step::Appear] {
+        store.step(&step).unwrap();
+    }
+    let chunks = [(geometry.first_chunk(), Chunk::Zero)];
+    for page in Map::new(geometry, [7; 16]).plan(chunks).pages {
+        store.write_at(&page.bytes, page.offset).unwrap();
+    }
+    drop(store);
+    let present = |disk: &trial::Disk| {
+        let left = start(&medium.on(disk), None).unwrap().left.unwrap();
+        left.map.present()
+    };
+    assert_eq!(present(&medium.disk), 1);
+    assert_eq!(present(&medium.disk.restart(Kept::Lost)), 1);
 }
