@@ -241,6 +241,8 @@ fn sort(
         match verdict {
             Verdict::Same if left.overlaps(id) => ours.push(left),
             Verdict::Same => peers.push(left),
+            // Not left by anyone: its process serves another image.
+            Verdict::Doubt(_) if Head::is_live(&left.arena) => {}
             Verdict::Doubt(why) if same_boot && left.overlaps(id) && sectors(&left) != Some(0) => {
                 match doubt {
                     Doubtful::Refuse => {
@@ -331,7 +333,7 @@ fn remove(left: &Left) -> Result<(), RecoverError> {
     });
     removed.map_err(|e| RecoverError {
         path: left.arena.clone(),
-        why: RecoverTrouble::Replay(e),
+        why: RecoverTrouble::Remove(e),
     })
 }
 
@@ -453,8 +455,15 @@ impl<'a> Recovery<'a> {
                 why,
             };
             let before = unreplayed.pieces.len();
-            self.replay(&old, &left.arena, &mut unreplayed.pieces)
-                .map_err(fail)?;
+            match self.replay(&old, &left.arena, &mut unreplayed.pieces) {
+                Ok(()) => {}
+                Err(why) if self.doubt == Doubtful::Discard && why.can_be_discarded() => {
+                    unreplayed.pieces.truncate(before);
+                    discard(&left)?;
+                    continue;
+                }
+                Err(why) => return Err(fail(why)),
+            }
             unreplayed.arenas.push((old, left));
             if unreplayed.pieces.len() == before && before == 0 {
                 std::mem::take(&mut unreplayed).settle()?;
@@ -466,7 +475,6 @@ impl<'a> Recovery<'a> {
     /// Checks one arena, and changes nothing but what is certainly over: `None`
     /// if there is nothing to replay in it.
     fn check(&self, left: Left) -> Result<Option<Checked<'a>>, RecoverTrouble> {
-        let gone = |e: RecoverError| RecoverTrouble::Record(e.to_string());
         if left.boot != self.boot {
             set_aside(&left);
             if let Some(record) = &left.record {
@@ -493,7 +501,7 @@ impl<'a> Recovery<'a> {
             );
         }
         if old.head.boot != self.boot || old.sectors() == 0 {
-            remove(&left).map_err(gone)?;
+            remove(&left).map_err(|e| e.why)?;
             return Ok(None);
         }
         let size = self.image.bytes().map_err(RecoverTrouble::Replay)?;
@@ -588,8 +596,8 @@ impl<'a> Recovery<'a> {
         );
         for (at, bytes) in &unreplayed[before..] {
             log::error!(
-                "image {}: {} acknowledged sectors from LBA {} on cannot be written; they stay in \
-                 the cache, are tried again, and a host may write them anew",
+                "image {}: {} acknowledged sectors from its sector {} on cannot be written; they stay \
+                 in the cache, are tried again, and a host may write them anew",
                 image.path().display(),
                 bytes.len() as u64 / SECTOR,
                 at / SECTOR

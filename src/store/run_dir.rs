@@ -74,7 +74,7 @@ impl fmt::Display for RunDirError {
             RunDirTrouble::Open => f.write_str("everyone may write in it")?,
             RunDirTrouble::System(e) => write!(f, "{e}")?,
         }
-        f.write_str("; remove it, or name another --run-dir")
+        f.write_str("; correct its owner and permissions, or name another --run-dir")
     }
 }
 

@@ -695,6 +695,9 @@ impl Volume {
                 self.cache.arena().write_begins(segment.at, len);
             }
         }
+        if let Job::Try { at, data } = &job {
+            self.cache.arena().write_begins(*at, data.len() as u64);
+        }
         let Some(id) = self.free.pop() else {
             if let Job::Read { buf, .. } = job {
                 self.give_back(buf);

@@ -51,6 +51,8 @@ pub enum RecoverTrouble {
     ReplayFrozen(io::Error),
     /// The image does not take so many sectors.
     TooManyBad(u64),
+    /// Nothing in it is needed any more, and it cannot be removed.
+    Remove(io::Error),
 }
 
 impl RecoverTrouble {
@@ -62,14 +64,15 @@ impl RecoverTrouble {
             | RecoverTrouble::OtherImage
             | RecoverTrouble::Doubt { .. }
             | RecoverTrouble::Shrunk
-            | RecoverTrouble::Changed => true,
+            | RecoverTrouble::Changed
+            | RecoverTrouble::TooManyBad(_) => true,
             RecoverTrouble::RunDir(_)
             | RecoverTrouble::Record(_)
             | RecoverTrouble::InUse
             | RecoverTrouble::ReadOnly
             | RecoverTrouble::Replay(_)
             | RecoverTrouble::ReplayFrozen(_)
-            | RecoverTrouble::TooManyBad(_) => false,
+            | RecoverTrouble::Remove(_) => false,
         }
     }
 }
@@ -112,7 +115,7 @@ impl fmt::Display for RecoverError {
             ),
             RecoverTrouble::InUse => write!(
                 f,
-                "arena {path}: another process serves a part of its window; stop that one first"
+                "arena {path}: another process serves a part of its exported range; stop that one first"
             ),
             RecoverTrouble::ReadOnly => write!(
                 f,
@@ -132,7 +135,12 @@ impl fmt::Display for RecoverError {
             RecoverTrouble::TooManyBad(sectors) => write!(
                 f,
                 "arena {path}: the image does not take {sectors} of its sectors, which is more than \
-                 the cache may hold back; it is kept; replace the disk"
+                 the cache may hold back; it is kept; replace the disk, or {give_up}"
+            ),
+            RecoverTrouble::Remove(e) => write!(
+                f,
+                "arena {path}: nothing in it is needed any more, and removing it fails: {e}; remove \
+                 it and its record"
             ),
         }
     }

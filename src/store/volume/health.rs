@@ -132,7 +132,7 @@ impl Health {
             .filter(|_| !self.ranges.is_empty() && self.cursor.is_none())
     }
 
-    /// The bytes that waiting writes hold, and those of writes that are tried.
+    /// Returns when the oldest write to a bad range came.
     pub fn oldest_since(&self) -> Option<Instant> {
         let flights = self.flights.iter().filter_map(|f| f.trial.as_ref());
         flights.chain(&self.waiting).map(|trial| trial.since).min()
