@@ -728,6 +728,11 @@ fn a_durable_write_whose_sync_fails_is_not_acknowledged() {
     // An end whose last sync fails is no good end, and keeps what it owes.
     let failing = trouble(&target, &expressions);
     client.send(&Frame::write(7, &sector(7, 4))).unwrap();
+    // A frame that is not taken before the signal is never taken.
+    wait_until("the write to be taken", soon(), || {
+        client.read(7, 1).is_ok_and(|data| data == sector(7, 4))
+    })
+    .unwrap();
     let status = target.stop(soon()).unwrap();
     assert_eq!(status.code(), Some(1), "{:?}", target.output());
     let output = target.output();
