@@ -15,6 +15,7 @@ mod record;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use nix::sys::statvfs::statvfs;
 use shadow::stamp::real_time;
@@ -30,6 +31,7 @@ use super::run_dir::{RunDir, RunDirError, is_memory};
 use super::shadow::{FoundShadow, Place, Unaligned};
 
 use changed::{Change, Seen};
+use error::Discarded;
 use record::{ARENA, Left, tell_all};
 
 /// Bytes of a cache's block, unless the disk wants larger ones.
@@ -40,6 +42,9 @@ const SLOTS_MIN: u64 = 64;
 /// take, and in how many pieces.
 const UNREPLAYED_SHARE: u64 = 8;
 const UNREPLAYED_MAX: usize = 1024;
+/// How long an arena that someone holds is asked for again.
+const LOCK_PATIENCE: Duration = Duration::from_secs(2);
+const LOCK_RETRY: Duration = Duration::from_millis(20);
 /// The directory of the arenas in the run directory.
 const ARENAS: &str = "arena";
 
@@ -96,8 +101,10 @@ impl Unreplayed {
     /// Takes the old arenas away: the new one has what they held.
     pub fn settle(self) -> Result<(), RecoverError> {
         for (mut old, left) in self.arenas {
+            // The record first: what cannot be removed goes on counting.
+            remove_record(&left)?;
             old.retire();
-            remove(&left)?;
+            remove_arena(&left)?;
         }
         Ok(())
     }
@@ -133,6 +140,9 @@ pub fn prepare(
         Err((path, _)) => path,
     };
     let mut found = record::all(&options.state_dir, &id)?;
+    for left in &mut found {
+        left.correct();
+    }
     orphans(&[run_dir, &run_dir.join(ARENAS)], &mut found);
     let block = block_bytes(image, shadow.as_deref());
     let (ours, peers) = sort(found, image, &id, boot, options.doubt)?;
@@ -176,6 +186,11 @@ pub fn prepare(
             record: Some(record),
             unreplayed,
         }),
+        // Memory that nobody finds again is no place for the only copy.
+        Err(why) if !unreplayed.arenas.is_empty() => Err(RecoverError {
+            path: unreplayed.arenas[0].1.arena.clone(),
+            why: RecoverTrouble::NoArena(why),
+        }),
         Err(why) => {
             log::warn!(
                 "{why}: writes go through to the image before they are acknowledged, which is \
@@ -204,11 +219,13 @@ fn arena_directory(options: &ArenaOptions) -> ArenaDirectory {
 
 /// Adds the arenas in these directories that no record speaks of.
 fn orphans(directories: &[&Path], found: &mut Vec<Left>) {
+    let real = |path: &Path| fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
     for directory in directories {
         let files = fs::read_dir(directory).into_iter().flatten().flatten();
         for path in files.map(|entry| entry.path()) {
             let is_arena = path.to_string_lossy().ends_with(ARENA);
-            if !is_arena || found.iter().any(|left| left.arena == path) {
+            let is_known = |left: &Left| real(&left.arena) == real(&path);
+            if !is_arena || found.iter().any(is_known) {
                 continue;
             }
             match Head::read(&path) {
@@ -323,18 +340,44 @@ fn discard(left: &Left) -> Result<(), RecoverError> {
     remove(left)
 }
 
+/// Sets an arena aside that the operator gives up, though nothing is wrong with
+/// it: the image does not take what it holds.
+fn discard_aside(left: &Left) -> Result<(), RecoverError> {
+    let aside = left.arena.with_extension("arena.discarded");
+    remove_record(left)?;
+    fs::rename(&left.arena, &aside).map_err(cannot_remove(left))?;
+    log::warn!(
+        "arena {} given up, as told; it is {} now",
+        left.arena.display(),
+        aside.display()
+    );
+    Ok(())
+}
+
 /// Takes an arena and its record away.
 fn remove(left: &Left) -> Result<(), RecoverError> {
     // The record first: one whose arena is gone stands for writes that are lost.
+    remove_record(left)?;
+    remove_arena(left)
+}
+
+fn remove_record(left: &Left) -> Result<(), RecoverError> {
     let removed = left.record.as_deref().map_or(Ok(()), record::remove);
-    let removed = removed.and_then(|()| match fs::remove_file(&left.arena) {
+    removed.map_err(cannot_remove(left))
+}
+
+fn remove_arena(left: &Left) -> Result<(), RecoverError> {
+    match fs::remove_file(&left.arena) {
         Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
-        removed => removed,
-    });
-    removed.map_err(|e| RecoverError {
+        removed => removed.map_err(cannot_remove(left)),
+    }
+}
+
+fn cannot_remove(left: &Left) -> impl Fn(io::Error) -> RecoverError + '_ {
+    |e| RecoverError {
         path: left.arena.clone(),
         why: RecoverTrouble::Remove(e),
-    })
+    }
 }
 
 fn anonymous(path: &Path, block: usize, bytes: u64) -> Result<Arena, RecoverError> {
@@ -442,9 +485,11 @@ impl<'a> Recovery<'a> {
             };
             match self.check(left.clone()) {
                 Ok(found) => checked.extend(found),
-                Err(why) if self.doubt == Doubtful::Discard && why.can_be_discarded() => {
-                    discard(&left)?;
-                }
+                Err(why) if self.doubt == Doubtful::Discard => match why.discarded() {
+                    Discarded::Removed => discard(&left)?,
+                    Discarded::SetAside => discard_aside(&left)?,
+                    Discarded::Not => return Err(fail(why)),
+                },
                 Err(why) => return Err(fail(why)),
             }
         }
@@ -457,9 +502,12 @@ impl<'a> Recovery<'a> {
             let before = unreplayed.pieces.len();
             match self.replay(&old, &left.arena, &mut unreplayed.pieces) {
                 Ok(()) => {}
-                Err(why) if self.doubt == Doubtful::Discard && why.can_be_discarded() => {
+                Err(why)
+                    if self.doubt == Doubtful::Discard
+                        && why.discarded() == Discarded::SetAside =>
+                {
                     unreplayed.pieces.truncate(before);
-                    discard(&left)?;
+                    discard_aside(&left)?;
                     continue;
                 }
                 Err(why) => return Err(fail(why)),
@@ -485,7 +533,7 @@ impl<'a> Recovery<'a> {
         if !left.arena.exists() {
             return Err(RecoverTrouble::Gone);
         }
-        let old = OldArena::open(&left.arena).map_err(|e| match e {
+        let old = open_patiently(&left.arena).map_err(|e| match e {
             ArenaTrouble::InUse => RecoverTrouble::InUse,
             e => RecoverTrouble::Arena(e),
         })?;
@@ -572,21 +620,20 @@ impl<'a> Recovery<'a> {
         let before = unreplayed.len();
         // A change of the image is ours from here on.
         let note = || old.note_replay(real_time());
-        let plain = |at, bytes: &[u8]| write_or_keep(image, at, bytes, unreplayed);
+        let room = self.room;
+        let plain = |at, bytes: &[u8]| write_or_keep(image, at, bytes, unreplayed, room);
         let below = Unaligned(image);
-        bring(old, &below, shadow.as_deref_mut(), note, plain).map_err(fail)?;
+        let brought = bring(old, &below, shadow.as_deref_mut(), note, plain);
+        let kept = bytes_of(unreplayed);
+        if is_too_much(unreplayed, room) {
+            return Err(RecoverTrouble::TooManyBad(kept / SECTOR));
+        }
+        brought.map_err(fail)?;
         if let Some(stamp) = image.stamp().map_err(fail)? {
             tell_all(self.peers.iter().map(PathBuf::as_path), &stamp);
         }
-        let kept: u64 = unreplayed.iter().map(|(_, b)| b.len() as u64).sum();
-        if kept > self.room || unreplayed.len() > UNREPLAYED_MAX {
-            return Err(RecoverTrouble::TooManyBad(kept / SECTOR));
-        }
         let sectors = old.sectors();
-        let bad: u64 = unreplayed[before..]
-            .iter()
-            .map(|(_, b)| b.len() as u64 / SECTOR)
-            .sum();
+        let bad = bytes_of(&unreplayed[before..]) / SECTOR;
         let done = sectors - bad;
         log::warn!(
             "a target of this image died: {done} acknowledged sectors ({} KiB) brought to {place} \
@@ -633,12 +680,36 @@ pub(super) fn bring<P: Place>(
     }
 }
 
-/// Writes a run of sectors; those that the disk does not take are kept.
+/// Opens an arena, which another start may hold for a moment to look at it.
+fn open_patiently(path: &Path) -> Result<OldArena, ArenaTrouble> {
+    let deadline = Instant::now() + LOCK_PATIENCE;
+    loop {
+        match OldArena::open(path) {
+            Err(ArenaTrouble::InUse) if Instant::now() < deadline => {
+                std::thread::sleep(LOCK_RETRY);
+            }
+            opened => return opened,
+        }
+    }
+}
+
+fn bytes_of(pieces: &[(u64, Vec<u8>)]) -> u64 {
+    pieces.iter().map(|(_, bytes)| bytes.len() as u64).sum()
+}
+
+/// Whether these pieces are more than the new cache may keep in `room` bytes.
+fn is_too_much(pieces: &[(u64, Vec<u8>)], room: u64) -> bool {
+    pieces.len() > UNREPLAYED_MAX || bytes_of(pieces) > room
+}
+
+/// Writes a run of sectors; those that the disk does not take are kept. Fails
+/// when too many are, so that a dead disk is not asked for each of its sectors.
 fn write_or_keep(
     image: &Image,
     at: u64,
     bytes: &[u8],
     kept: &mut Vec<(u64, Vec<u8>)>,
+    room: u64,
 ) -> io::Result<()> {
     match image.write_unaligned(bytes, at) {
         Err(e) if is_bad_sector(&e) => {}
@@ -656,7 +727,10 @@ fn write_or_keep(
             written => written?,
         }
     }
-    Ok(())
+    match is_too_much(kept, room) {
+        true => Err(io::ErrorKind::Other.into()),
+        false => Ok(()),
+    }
 }
 
 /// Whether an error concerns a place of the disk, and not all of it.

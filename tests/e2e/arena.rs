@@ -1157,3 +1157,73 @@ fn a_step_that_cannot_be_had_makes_the_cache_smaller_and_says_so_once() {
     assert!(output.contains("cache of 4 MiB instead of 12"), "{output}");
     assert!(fs::read(store.image()).unwrap() == all);
 }
+
+#[test]
+fn the_arena_of_a_living_target_is_nobodys_leftover() {
+    if !lab::require(
+        "another file under the path of a served image",
+        &[Need::Network],
+    ) {
+        return;
+    }
+    let bed = Bed::new();
+    let mut first = window(&bed, "1", &[]);
+    bed.wire.client().write_many(1000, &data(40)).unwrap();
+    let moved = bed.store.path().join("moved.img");
+    fs::rename(bed.store.image(), &moved).unwrap();
+    fs::write(bed.store.image(), vec![0; 4096 * 512]).unwrap();
+    stop(window(&bed, "2", &[]));
+    stop(window(&bed, "2", &["--discard-arena"]));
+    assert!(bed.untouched());
+    // Its arena is still there, with its record.
+    first.kill().unwrap();
+    fs::rename(&moved, bed.store.image()).unwrap();
+    bed.replays(&[]);
+}
+
+#[test]
+fn a_record_of_another_boot_does_not_hide_an_arena_of_this_one() {
+    if !lab::require("an old record of the same name", &[Need::Network]) {
+        return;
+    }
+    let bed = Bed::new();
+    bed.die(&[]);
+    let record = fs::read_to_string(bed.store.record()).unwrap();
+    let boot = Words::of(&bed.store.arena()).get(3);
+    let forged = record.replace(&format!("{boot:016x}"), &format!("{:016x}", boot ^ 1));
+    assert_ne!(record, forged);
+    fs::write(bed.store.record(), forged).unwrap();
+    bed.replays(&[]);
+}
+
+#[test]
+fn a_run_directory_has_one_arena_however_its_path_is_written() {
+    if !lab::require("two spellings of a run directory", &[Need::Network]) {
+        return;
+    }
+    let bed = Bed::new();
+    let (memory, link) = (in_memory(), bed.store.path().join("link"));
+    std::os::unix::fs::symlink(memory.path(), &link).unwrap();
+    let (one, other) = (memory.path().join("run"), link.join("run"));
+    bed.die(&["--run-dir", one.to_str().unwrap()]);
+    let target = bed.start(&["--run-dir", other.to_str().unwrap()]);
+    bed.whole();
+    stop(target);
+    assert_eq!(files(&one.join("arena"), ""), [] as [PathBuf; 0]);
+}
+
+#[test]
+fn an_image_that_takes_no_writes_is_served_without_those_that_wait_when_told() {
+    if !lab::require("--discard-arena with -r", &[Need::Network]) {
+        return;
+    }
+    let bed = Bed::new();
+    bed.die(&[]);
+    let said = bed.refused(&["-r"]);
+    assert!(said.contains("sets it aside"), "{said}");
+    stop(bed.start(&["-r", "--discard-arena"]));
+    assert!(bed.untouched());
+    let aside = files(&bed.store.arenas(), ".arena.discarded");
+    assert_eq!(aside.len(), 1, "nothing is lost for good");
+    assert_eq!(files(&bed.store.state(), ".arena.toml"), [] as [PathBuf; 0]);
+}

@@ -83,6 +83,28 @@ impl Bed {
         target
     }
 
+    /// The same of a start that must be refused; what it said.
+    fn faulty_refused(&self, injections: &[&str], extra: &[&str]) -> String {
+        let mut target = Spawn::new("strace")
+            .inside(&self.wire.host)
+            .args(["-D", "-f", "-qq", "--seccomp-bpf", "-o", "/dev/null", "-P"])
+            .arg(self.store.image())
+            .args(["-e", "trace=pwrite64"])
+            .args(injections.iter().map(|i| format!("--inject={i}")))
+            .arg(AOEDE)
+            .arg("--state-dir")
+            .arg(self.store.state())
+            .args(Bed::options(extra))
+            .args(["1", "1", "tgt0"])
+            .arg(self.store.image())
+            .start()
+            .unwrap();
+        let status = target.wait(Deadline::seconds(30)).unwrap();
+        let said = target.output().join("\n");
+        assert_eq!(status.code(), Some(1), "{said}");
+        said
+    }
+
     /// A target whose calls fail so.
     fn faulty(&self, injections: &[&str], extra: &[&str]) -> Process {
         let mut trace = vec!["trace=pwritev,pwrite64,pread64,fdatasync".to_owned()];
@@ -909,6 +931,11 @@ fn a_bad_sector_keeps_no_other_from_being_recovered() {
     target.kill().unwrap();
     // The first block of 8 sectors cannot be written, nor any of its sectors.
     let bad = ["pwrite64:error=EIO:when=1..9"];
+    // Without an arena there is no place for them, and the old one stays.
+    let nowhere = [&HELD[..], &["--run-dir", "/proc/aoede"]].concat();
+    let said = bed.faulty_refused(&bad, &nowhere);
+    assert!(said.contains("which only an arena can keep"), "{said}");
+    assert_eq!(files(&bed.store.arenas(), ".arena").len(), 1);
     for round in 0..2 {
         let mut target = if round == 0 {
             bed.faulty(&bad, &HELD)

@@ -51,28 +51,43 @@ pub enum RecoverTrouble {
     ReplayFrozen(io::Error),
     /// The image does not take so many sectors.
     TooManyBad(u64),
+    /// The image does not take some of its sectors, and no new arena can be made to
+    /// keep them; why.
+    NoArena(String),
     /// Nothing in it is needed any more, and it cannot be removed.
     Remove(io::Error),
 }
 
+/// What `--discard-arena` does about an arena.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Discarded {
+    /// It is no remedy.
+    Not,
+    /// It cannot be used, and is removed.
+    Removed,
+    /// It could be used; it is kept under another name.
+    SetAside,
+}
+
 impl RecoverTrouble {
-    /// Whether `--discard-arena` is a remedy.
-    pub(super) fn can_be_discarded(&self) -> bool {
+    /// Returns what `--discard-arena` does about it.
+    pub(super) fn discarded(&self) -> Discarded {
         match self {
             RecoverTrouble::Gone
             | RecoverTrouble::Arena(_)
             | RecoverTrouble::OtherImage
             | RecoverTrouble::Doubt { .. }
             | RecoverTrouble::Shrunk
-            | RecoverTrouble::Changed
-            | RecoverTrouble::TooManyBad(_) => true,
+            | RecoverTrouble::Changed => Discarded::Removed,
+            RecoverTrouble::ReadOnly
+            | RecoverTrouble::Replay(_)
+            | RecoverTrouble::ReplayFrozen(_)
+            | RecoverTrouble::TooManyBad(_) => Discarded::SetAside,
             RecoverTrouble::RunDir(_)
             | RecoverTrouble::Record(_)
             | RecoverTrouble::InUse
-            | RecoverTrouble::ReadOnly
-            | RecoverTrouble::Replay(_)
-            | RecoverTrouble::ReplayFrozen(_)
-            | RecoverTrouble::Remove(_) => false,
+            | RecoverTrouble::NoArena(_)
+            | RecoverTrouble::Remove(_) => Discarded::Not,
         }
     }
 }
@@ -81,6 +96,7 @@ impl fmt::Display for RecoverError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let path = self.path.display();
         let give_up = "--discard-arena gives up the writes in it";
+        let aside = "--discard-arena sets it aside and starts without its writes";
         match &self.why {
             RecoverTrouble::RunDir(e) => write!(f, "{e}"),
             RecoverTrouble::Record(what) => write!(f, "arena record {path}: {what}"),
@@ -120,22 +136,28 @@ impl fmt::Display for RecoverError {
             RecoverTrouble::ReadOnly => write!(
                 f,
                 "arena {path}: the image does not take what it holds: it is open read-only; start \
-                 it once without -r; it is kept"
+                 it once without -r; it is kept; {aside}"
             ),
             RecoverTrouble::Replay(e) => {
                 write!(
                     f,
-                    "arena {path}: the image does not take what it holds: {e}; it is kept"
+                    "arena {path}: the image does not take what it holds: {e}; it is kept; {aside}"
                 )
             }
             RecoverTrouble::ReplayFrozen(e) => write!(
                 f,
-                "arena {path}: the image and its shadow do not take what it holds: {e}; it is kept"
+                "arena {path}: the image and its shadow do not take what it holds: {e}; it is kept; \
+                 {aside}"
             ),
             RecoverTrouble::TooManyBad(sectors) => write!(
                 f,
                 "arena {path}: the image does not take {sectors} of its sectors, which is more than \
-                 the cache may hold back; it is kept; replace the disk, or {give_up}"
+                 the cache may hold back; it is kept; replace the disk; {aside}"
+            ),
+            RecoverTrouble::NoArena(why) => write!(
+                f,
+                "arena {path}: the image does not take some of its sectors, which only an arena can \
+                 keep: {why}; make room for one, or name another --run-dir"
             ),
             RecoverTrouble::Remove(e) => write!(
                 f,

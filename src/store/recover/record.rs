@@ -68,6 +68,17 @@ impl Left {
         }
     }
 
+    /// Believes the arena where it is of another boot than its record says: it was
+    /// made under the same name when the record could not be seen.
+    pub fn correct(&mut self) {
+        if let Some(head) = Head::read(&self.arena).ok().filter(|h| h.boot != self.boot) {
+            *self = Left {
+                record: self.record.take(),
+                ..Left::orphan(self.arena.clone(), &head)
+            };
+        }
+    }
+
     fn parse(text: &str) -> Option<Left> {
         let table: Table = text.parse().ok()?;
         let string = |key: &str| table.get(key)?.as_str();

@@ -250,6 +250,8 @@ impl Volume {
             self.merge.zeroed.extend(zeroing);
             // For the next sync, behind which the bits are cleared.
             self.cache.record_outside(now);
+        } else {
+            self.merge.retry_at = Some(now + RETRY);
         }
     }
 }
