@@ -23,7 +23,7 @@ pub fn main(command: Command, args: impl IntoIterator<Item = OsString>) -> ExitC
     let mut options = match Options::from_args(args) {
         Ok(options) => options,
         Err(e) if e.exit_code() == 0 => {
-            // Whoever asked may have gone, as in `aoede --help | head`.
+            // The reader may have gone, as in `aoede --help | head`.
             let _ = write!(std::io::stdout(), "{e}");
             return ExitCode::SUCCESS;
         }
@@ -67,13 +67,15 @@ pub fn main(command: Command, args: impl IntoIterator<Item = OsString>) -> ExitC
     ExitCode::from(u8::from(result.is_err()))
 }
 
-/// `true` if systemd started us, which at boot does not wait for interfaces.
+/// `true` if systemd started this process, which at boot does not wait for
+/// interfaces. INVOCATION_ID proves nothing: each shell in a service has it.
 fn is_service() -> bool {
-    let is_set = |name| std::env::var_os(name).is_some();
-    is_set("NOTIFY_SOCKET") || is_set("INVOCATION_ID")
+    let is_us = |pid: OsString| pid.to_str() == Some(&std::process::id().to_string());
+    std::env::var_os("NOTIFY_SOCKET").is_some()
+        || std::env::var_os("SYSTEMD_EXEC_PID").is_some_and(is_us)
 }
 
-/// A line for whoever started us, when there is no logger yet.
+/// Writes a line to standard error, when there is no logger yet.
 fn complain(text: &str) {
     let text = logging::one_line(text);
     // If nobody listens, the exit code has to do.

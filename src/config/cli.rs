@@ -9,7 +9,8 @@ use clap::Parser;
 #[command(
     name = "aoede",
     version,
-    override_usage = "aoede [OPTIONS] SHELF SLOT NETIF [NETIF..] IMAGE",
+    override_usage = "aoede [OPTIONS] SHELF SLOT NETIF [NETIF..] IMAGE\n       \
+                      aoede [OPTIONS] eSHELF.SLOT NETIF [NETIF..] IMAGE",
     after_help = "Options may stand before, between or after the positions. \
                   Settings for --set and --tuneup: see tuneup.toml(5). More: aoede(8)."
 )]
@@ -60,7 +61,7 @@ pub struct Cli {
     pub deny: Vec<String>,
 
     /// Start without the interfaces that are not there yet, and take them when
-    /// they appear; so under systemd
+    /// they appear; the default where systemd starts it
     #[arg(long)]
     pub wait_for_interfaces: bool,
 

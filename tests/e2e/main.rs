@@ -20,6 +20,7 @@ mod freeze;
 mod hostile;
 
 mod kills;
+mod late_nics;
 mod life;
 mod nics;
 mod rig;

@@ -157,8 +157,7 @@ pub fn run(namespace: Option<&Namespace>, mut command: Command, deadline: Deadli
         .stdin(Stdio::null())
         .stdout(out.try_clone().unwrap())
         .stderr(err.try_clone().unwrap())
-        // With these a missing interface would be waited for.
-        .env_remove("INVOCATION_ID")
+        // With it a missing interface would be waited for.
         .env_remove("NOTIFY_SOCKET");
     let mut child = Killed(match namespace {
         Some(namespace) => namespace.enter(|| command.spawn()).unwrap().unwrap(),
