@@ -3,6 +3,7 @@
 
 use std::fs::{self, File};
 use std::os::unix::fs::PermissionsExt;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::thread;
@@ -239,7 +240,7 @@ fn a_second_backup_at_the_same_time_ends_at_once() {
     scene.let_go();
     Scene::ended(first, 0);
     assert!(scene.path("copy.img").exists() && !scene.path("second.img").exists());
-    // Whoever else takes the lock.
+    // Another program that takes the lock.
     let file = File::open(scene.path("shadow.img.lock")).unwrap();
     let lock = Flock::lock(file, FlockArg::LockExclusiveNonblock).unwrap();
     scene.run(75, &[], &FILES);
@@ -266,7 +267,7 @@ fn a_backup_that_was_killed_keeps_no_later_one_from_its_work() {
         "{said}"
     );
     assert!(scene.path("shadow.img").exists());
-    // As it says, with the copy of the first one still under way.
+    // As it says, while the first one copies on.
     scene.let_go();
     scene.run(0, &["-t"], &FILES);
     assert!(!scene.is_frozen());
@@ -348,6 +349,99 @@ fn a_copy_is_good_though_the_target_dies_before_the_thaw() {
     let copy = fs::read(scene.path("copy.img")).unwrap();
     assert!(copy[..4096] == data(1, 8));
     assert!(scene.path("shadow.img").exists());
+}
+
+#[test]
+fn a_freeze_that_does_not_come_in_time_is_told_with_what_to_do() {
+    if !lab::require("a freeze that takes too long", &[Need::Network]) {
+        return;
+    }
+    let scene = Scene::new();
+    let with = |value: &str| {
+        let script = script_for(&scene.store, &[], scene.target.pid(), &FILES);
+        script.env("AOEDE_FREEZE_WAIT", value).start().unwrap()
+    };
+    for value in ["", "1.5", "long"] {
+        let said = Scene::ended(with(value), if value.is_empty() { 0 } else { 2 });
+        assert!(value.is_empty() || said.contains(value), "{said}");
+    }
+    fs::remove_file(scene.path("copy.img")).unwrap();
+    scene.target.signal(Signal::SIGSTOP).unwrap();
+    let said = Scene::ended(with("1"), 1);
+    assert!(said.contains("did not appear within 1 s"), "{said}");
+    assert!(said.contains("this thaws it: aoede-backup -t "), "{said}");
+    scene.no_copy();
+    // It heard the order all the same.
+    scene.target.signal(Signal::SIGCONT).unwrap();
+    until("the shadow appears", || scene.path("shadow.img").exists());
+    scene.run(0, &["-t"], &FILES[..2]);
+    assert!(!scene.is_frozen());
+    stop(scene.target);
+}
+
+#[test]
+fn a_user_who_may_not_look_at_the_process_is_told_so() {
+    if !lab::require("a backup by another user", &[Need::Network]) {
+        return;
+    }
+    const NOBODY: u32 = 65534;
+    let scene = Scene::new();
+    let place = scene.store.path();
+    fs::set_permissions(place, fs::Permissions::from_mode(0o755)).unwrap();
+    // Where that user can read it.
+    let script = place.join("aoede-backup");
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("shadow/aoede-backup");
+    fs::copy(source, &script).unwrap();
+    let mut command = Command::new(&script);
+    command.uid(NOBODY).gid(NOBODY).current_dir(place);
+    command.arg(scene.target.pid().to_string()).args(FILES);
+    let ended = run(None, command, Deadline::seconds(20));
+    assert_eq!(ended.code, Some(1), "{ended:?}");
+    let line = ended.line();
+    assert!(line.contains("may not look at the open files of process"));
+    assert!(line.contains("as root"), "{line}");
+    assert_eq!(scene.freezes(), 0);
+    stop(scene.target);
+}
+
+#[test]
+fn of_an_export_of_a_part_the_rest_of_the_copy_is_warned_about() {
+    if !lab::require("a backup of a part", &[Need::Network]) {
+        return;
+    }
+    let all = SECTORS.to_string();
+    let bytes = SECTORS * 512;
+    let whole = (&["-l", &all][..], None);
+    for (options, says) in [
+        whole,
+        (
+            &["-o", "8"],
+            Some(format!("bytes 4096 to {} of", bytes + 99)),
+        ),
+        (&["-l", "100"], Some("bytes 0 to 51199 of".into())),
+        (
+            &["-o", "8", "-l", "2"],
+            Some("bytes 4096 to 5119 of".into()),
+        ),
+    ] {
+        let (wire, store) = (Wire::new(1500), Store::new(SECTORS));
+        // What is less than a sector belongs to no export.
+        let image = File::options().write(true).open(store.image()).unwrap();
+        image.set_len(bytes + 100).unwrap();
+        let shadow = store.path().join("shadow.img");
+        let options = [&QUICK[..], &["-f", shadow.to_str().unwrap()], options].concat();
+        let target = serve(&wire.host, &store, &["tgt0"], &options);
+        wire.client().write_many(0, &data(1, 2)).unwrap();
+        let script = script_for(&store, &[], target.pid(), &FILES);
+        let said = Scene::ended(script.start().unwrap(), 0);
+        match says {
+            Some(at) => assert!(said.contains("warning") && said.contains(&at), "{said}"),
+            None => assert!(!said.contains("warning"), "{said}"),
+        }
+        let copy = fs::read(store.path().join("copy.img")).unwrap();
+        assert!(copy == fs::read(store.image()).unwrap());
+        stop(target);
+    }
 }
 
 /// What is at PATH.lock already is neither emptied nor followed.
