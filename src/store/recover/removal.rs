@@ -1,0 +1,74 @@
+//! What becomes of an arena and its record that are not replayed, or not any
+//! more.
+
+use std::fs;
+use std::io;
+
+use super::super::arena::OldArena;
+use super::record::{self, Left};
+use super::{RecoverError, RecoverTrouble};
+
+/// Discards what an arena holds, as the operator said.
+pub(super) fn discard(left: &Left) -> Result<(), RecoverError> {
+    log::warn!("arena {} given up, as told", left.arena.display());
+    remove(left)
+}
+
+/// Sets an arena aside that the operator gives up, though nothing is wrong with
+/// it: the image does not take what it holds.
+pub(super) fn discard_aside(left: &Left) -> Result<(), RecoverError> {
+    let aside = left.arena.with_extension("arena.discarded");
+    remove_record(left)?;
+    fs::rename(&left.arena, &aside).map_err(cannot_remove(left))?;
+    log::warn!(
+        "arena {} given up, as told; it is {} now",
+        left.arena.display(),
+        aside.display()
+    );
+    Ok(())
+}
+
+/// Takes an arena and its record away.
+pub(super) fn remove(left: &Left) -> Result<(), RecoverError> {
+    // The record first: one whose arena is gone stands for writes that are lost.
+    remove_record(left)?;
+    remove_arena(left)
+}
+
+pub(super) fn remove_record(left: &Left) -> Result<(), RecoverError> {
+    let removed = left.record.as_deref().map_or(Ok(()), record::remove);
+    removed.map_err(cannot_remove(left))
+}
+
+pub(super) fn remove_arena(left: &Left) -> Result<(), RecoverError> {
+    match fs::remove_file(&left.arena) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
+        removed => removed.map_err(cannot_remove(left)),
+    }
+}
+
+fn cannot_remove(left: &Left) -> impl Fn(io::Error) -> RecoverError + '_ {
+    |e| RecoverError {
+        path: left.arena.clone(),
+        why: RecoverTrouble::Remove(e),
+    }
+}
+
+/// Memory of another boot is gone, or on a disk and out of date: the kernel had
+/// written some of it back, and not the rest.
+pub(super) fn set_aside(left: &Left) {
+    let held = OldArena::open(&left.arena).map(|arena| arena.sectors());
+    let aside = left.arena.with_extension("arena.old");
+    let moved = fs::rename(&left.arena, &aside).is_ok();
+    match held {
+        Ok(sectors) if moved => log::warn!(
+            "the machine went down while this image was served: {sectors} sectors that may \
+             not be on it are set aside in {}",
+            aside.display()
+        ),
+        _ => log::warn!(
+            "the machine went down while this image was served: writes of the last seconds \
+             before may be missing"
+        ),
+    }
+}

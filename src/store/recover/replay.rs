@@ -1,0 +1,336 @@
+//! Bringing the arenas of an image to it, after all of them were checked.
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use shadow::stamp::real_time;
+use shadow::{BlockFile, SECTOR, Verdict};
+
+use super::super::arena::{ArenaTrouble, ImageId, OldArena, content};
+use super::super::image::{Image, SideLock};
+use super::super::shadow::{FoundShadow, Place, Unaligned};
+use super::changed::{Change, Seen};
+use super::error::Discarded;
+use super::record::{self, Left, tell_all};
+use super::removal::{discard, discard_aside, remove, remove_arena, remove_record, set_aside};
+use super::{Doubtful, RecoverError, RecoverTrouble};
+
+/// The most pieces that sectors may make which the image does not take.
+const UNREPLAYED_MAX: usize = 1024;
+/// How long an arena that someone holds is asked for again.
+const LOCK_PATIENCE: Duration = Duration::from_secs(2);
+const LOCK_RETRY: Duration = Duration::from_millis(20);
+
+/// Acknowledged sectors that the image does not take. They go on as dirty blocks
+/// of the new cache.
+#[derive(Debug, Default)]
+pub struct Unreplayed {
+    /// Offset in the image, and the bytes, in the order in which they count.
+    pub pieces: Vec<(u64, Vec<u8>)>,
+    /// The arenas that hold them until then.
+    pub(super) arenas: Vec<(OldArena, Left)>,
+}
+
+impl Unreplayed {
+    /// Takes the old arenas away: the new one has what they held.
+    pub fn settle(self) -> Result<(), RecoverError> {
+        for (mut old, left) in self.arenas {
+            // The record first: what cannot be removed goes on counting.
+            remove_record(&left)?;
+            old.retire();
+            remove_arena(&left)?;
+        }
+        Ok(())
+    }
+}
+
+/// What a start finds of its own image.
+pub(super) struct Recovery<'a> {
+    pub image: &'a Image,
+    pub shadow: Option<&'a mut FoundShadow>,
+    pub id: ImageId,
+    pub boot: [u64; 2],
+    pub doubt: Doubtful,
+    pub seen: Seen,
+    /// The arenas of the image, of all exported ranges.
+    pub peers: Vec<PathBuf>,
+    /// Bytes that may be carried into the new cache.
+    pub room: u64,
+}
+
+/// An arena that can be replayed.
+struct Checked<'a> {
+    left: Left,
+    old: OldArena,
+    /// What of its range is not ours.
+    _lock: SideLock<'a>,
+}
+
+impl<'a> Recovery<'a> {
+    /// Brings what the arenas of our range hold to the image, and takes them
+    /// away.
+    pub fn recover(&mut self, ours: Vec<Left>) -> Result<Unreplayed, RecoverError> {
+        let mut checked = Vec::new();
+        for left in ours {
+            let fail = |why| RecoverError {
+                path: left.arena.clone(),
+                why,
+            };
+            match self.check(left.clone()) {
+                Ok(found) => checked.extend(found),
+                Err(why) if self.doubt == Doubtful::Discard => match why.discarded() {
+                    Discarded::Removed => discard(&left)?,
+                    Discarded::SetAside => discard_aside(&left)?,
+                    Discarded::Not => return Err(fail(why)),
+                },
+                Err(why) => return Err(fail(why)),
+            }
+        }
+        let mut unreplayed = Unreplayed::default();
+        for Checked { left, old, _lock } in checked {
+            let fail = |why| RecoverError {
+                path: left.arena.clone(),
+                why,
+            };
+            let before = unreplayed.pieces.len();
+            match self.replay(&old, &left.arena, &mut unreplayed.pieces) {
+                Ok(()) => {}
+                Err(why)
+                    if self.doubt == Doubtful::Discard
+                        && why.discarded() == Discarded::SetAside =>
+                {
+                    unreplayed.pieces.truncate(before);
+                    discard_aside(&left)?;
+                    continue;
+                }
+                Err(why) => return Err(fail(why)),
+            }
+            unreplayed.arenas.push((old, left));
+            if unreplayed.pieces.len() == before && before == 0 {
+                std::mem::take(&mut unreplayed).settle()?;
+            }
+        }
+        Ok(unreplayed)
+    }
+
+    /// Checks one arena, and changes nothing but what is certainly over: `None`
+    /// if there is nothing to replay in it.
+    fn check(&self, left: Left) -> Result<Option<Checked<'a>>, RecoverTrouble> {
+        if left.boot != self.boot {
+            set_aside(&left);
+            if let Some(record) = &left.record {
+                record::remove(record).map_err(|e| RecoverTrouble::Record(e.to_string()))?;
+            }
+            return Ok(None);
+        }
+        if !left.arena.exists() {
+            return Err(RecoverTrouble::Gone);
+        }
+        let old = open_patiently(&left.arena).map_err(|e| match e {
+            ArenaTrouble::InUse => RecoverTrouble::InUse,
+            e => RecoverTrouble::Arena(e),
+        })?;
+        let is_replayed = self.doubt == Doubtful::Replay;
+        if old.head.origin.compare(&self.id, true) != Verdict::Same && !is_replayed {
+            return Err(RecoverTrouble::OtherImage);
+        }
+        if old.head.boot != self.boot {
+            log::warn!(
+                "arena {} is of another boot and passed over; it held {} sectors",
+                left.arena.display(),
+                old.sectors()
+            );
+        }
+        if old.head.boot != self.boot || old.sectors() == 0 {
+            remove(&left).map_err(|e| e.why)?;
+            return Ok(None);
+        }
+        let size = self.image.bytes().map_err(RecoverTrouble::Replay)?;
+        if old.end() > size {
+            return Err(RecoverTrouble::Shrunk);
+        }
+        if !is_replayed {
+            self.judge(&old, &left.arena)?;
+        }
+        if self.image.is_read_only() {
+            return Err(RecoverTrouble::ReadOnly);
+        }
+        // Nobody else may serve a part of what we write.
+        let lock = self
+            .image
+            .lock_besides(old.head.start, old.head.len)
+            .map_err(|_| RecoverTrouble::InUse)?;
+        Ok(Some(Checked {
+            left,
+            old,
+            _lock: lock,
+        }))
+    }
+
+    /// Refuses an image that someone else has changed.
+    fn judge(&self, old: &OldArena, path: &Path) -> Result<(), RecoverTrouble> {
+        match self.image.stamp().map_err(RecoverTrouble::Replay)? {
+            Some(now) => match self.seen.judge(&now) {
+                Change::None => {}
+                Change::Touched => log::warn!(
+                    "arena {}: name, owner or permissions of the image were changed after the \
+                     target died, but not its content; replayed",
+                    path.display()
+                ),
+                Change::Foreign => return Err(RecoverTrouble::Changed),
+            },
+            // A device: what was not written must be as it was.
+            None => {
+                let mut bytes = vec![0; content::PIECE as usize];
+                for (at, _, sum) in old.content() {
+                    let read = self.image.read_unaligned(&mut bytes, at);
+                    if read.is_ok() && content::sum(&bytes) != sum {
+                        return Err(RecoverTrouble::Changed);
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Writes all that counts to the image, and syncs it. May be killed anywhere
+    /// and done again: the arena stays as it is until then. What single sectors
+    /// do not take is added to `unreplayed`.
+    fn replay(
+        &mut self,
+        old: &OldArena,
+        path: &Path,
+        unreplayed: &mut Vec<(u64, Vec<u8>)>,
+    ) -> Result<(), RecoverTrouble> {
+        let (image, shadow) = (self.image, &mut self.shadow);
+        let (place, fail) = match shadow {
+            Some(_) => (
+                "the image and its shadow",
+                RecoverTrouble::ReplayFrozen as fn(io::Error) -> _,
+            ),
+            None => ("the image", RecoverTrouble::Replay as fn(io::Error) -> _),
+        };
+        let before = unreplayed.len();
+        // A change of the image is ours from here on.
+        let note = || old.note_replay(real_time());
+        let room = self.room;
+        let plain = |at, bytes: &[u8]| write_or_keep(image, at, bytes, unreplayed, room);
+        let below = Unaligned(image);
+        let brought = bring(old, &below, shadow.as_deref_mut(), note, plain);
+        let kept = bytes_of(unreplayed);
+        if is_too_much(unreplayed, room) {
+            return Err(RecoverTrouble::TooManyBad(kept / SECTOR));
+        }
+        brought.map_err(fail)?;
+        if let Some(stamp) = image.stamp().map_err(fail)? {
+            tell_all(self.peers.iter().map(PathBuf::as_path), &stamp);
+        }
+        let sectors = old.sectors();
+        let bad = bytes_of(&unreplayed[before..]) / SECTOR;
+        let done = sectors - bad;
+        log::warn!(
+            "a target of this image died: {done} acknowledged sectors ({} KiB) brought to {place} \
+             from {}",
+            done * SECTOR / 1024,
+            path.display()
+        );
+        for (at, bytes) in &unreplayed[before..] {
+            log::error!(
+                "image {}: {} acknowledged sectors from its sector {} on cannot be written; they stay \
+                 in the cache, are tried again, and a host may write them anew",
+                image.path().display(),
+                bytes.len() as u64 / SECTOR,
+                at / SECTOR
+            );
+        }
+        Ok(())
+    }
+}
+
+/// Brings all that counts in an arena to image and shadow, on stable storage.
+/// `note` is called before each write; without a shadow `plain` writes.
+pub(in crate::store) fn bring<P: Place>(
+    old: &OldArena,
+    image: &dyn BlockFile,
+    mut shadow: Option<&mut FoundShadow<P>>,
+    mut note: impl FnMut() -> io::Result<()>,
+    mut plain: impl FnMut(u64, &[u8]) -> io::Result<()>,
+) -> io::Result<()> {
+    old.replay(|generation, at, bytes| {
+        note()?;
+        match &mut shadow {
+            Some(shadow) => shadow.replay(image, generation, at, bytes),
+            None => plain(at, bytes),
+        }
+    })?;
+    // What a merge has brought to the image is there before its bits go.
+    if !shadow::fault!("replay-not-synced") {
+        image.sync()?;
+    }
+    match shadow {
+        Some(shadow) => shadow.sync(),
+        None => Ok(()),
+    }
+}
+
+/// Opens an arena, which another start may hold for a moment to look at it.
+fn open_patiently(path: &Path) -> Result<OldArena, ArenaTrouble> {
+    let deadline = Instant::now() + LOCK_PATIENCE;
+    loop {
+        match OldArena::open(path) {
+            Err(ArenaTrouble::InUse) if Instant::now() < deadline => {
+                std::thread::sleep(LOCK_RETRY);
+            }
+            opened => return opened,
+        }
+    }
+}
+
+fn bytes_of(pieces: &[(u64, Vec<u8>)]) -> u64 {
+    pieces.iter().map(|(_, bytes)| bytes.len() as u64).sum()
+}
+
+/// Whether these pieces are more than the new cache may keep in `room` bytes.
+fn is_too_much(pieces: &[(u64, Vec<u8>)], room: u64) -> bool {
+    pieces.len() > UNREPLAYED_MAX || bytes_of(pieces) > room
+}
+
+/// Writes a run of sectors; those that the disk does not take are kept. Fails
+/// when too many are, so that a dead disk is not asked for each of its sectors.
+fn write_or_keep(
+    image: &Image,
+    at: u64,
+    bytes: &[u8],
+    kept: &mut Vec<(u64, Vec<u8>)>,
+    room: u64,
+) -> io::Result<()> {
+    match image.write_unaligned(bytes, at) {
+        Err(e) if is_bad_sector(&e) => {}
+        written => return written,
+    }
+    for (n, sector) in bytes.chunks(SECTOR as usize).enumerate() {
+        let at = at + n as u64 * SECTOR;
+        match image.write_unaligned(sector, at) {
+            Err(e) if is_bad_sector(&e) => match kept.last_mut() {
+                Some((first, run)) if *first + run.len() as u64 == at => {
+                    run.extend_from_slice(sector);
+                }
+                _ => kept.push((at, sector.to_vec())),
+            },
+            written => written?,
+        }
+    }
+    match is_too_much(kept, room) {
+        true => Err(io::ErrorKind::Other.into()),
+        false => Ok(()),
+    }
+}
+
+/// Whether an error concerns a place of the disk, and not all of it.
+fn is_bad_sector(e: &io::Error) -> bool {
+    matches!(
+        e.raw_os_error(),
+        Some(libc::EIO | libc::ENODATA | libc::EILSEQ | libc::EREMOTEIO)
+    )
+}
