@@ -1,0 +1,211 @@
+use super::*;
+use proptest::prelude::*;
+
+const FILE: FileFacts = FileFacts {
+    inode: 12,
+    birth: 1_700_000_000_123_456_789,
+    device: 0xFFFF_FF00,
+    uuid: [1, 2],
+    fsid: 3,
+    kind: 0xEF53,
+    bytes: 4096,
+};
+const DISK: DeviceFacts = DeviceFacts {
+    name: 0,
+    partition: 1,
+    first: 2048,
+    partition_uuid: 9,
+    diskseq: u64::MAX,
+    number: 0x0810,
+    bytes: 1 << 30,
+};
+
+fn over(file: FileFacts) -> Facts {
+    Facts::Loop {
+        file: FileFacts { bytes: 0, ..file },
+        offset: 512,
+        limit: 0,
+        bytes: 1 << 20,
+    }
+}
+
+fn same_boot(then: Facts, now: Facts) -> Verdict {
+    then.compare(&now, true)
+}
+
+fn is_doubt(verdict: Verdict) -> bool {
+    matches!(verdict, Verdict::Doubt(_))
+}
+
+#[test]
+fn words_and_facts_are_one() {
+    for facts in [
+        Facts::Unknown,
+        Facts::File(FILE),
+        over(FILE),
+        Facts::Device(DISK),
+    ] {
+        assert_eq!(Facts::from_words(facts.to_words()), Some(facts));
+        assert_eq!(Facts::from_text(&facts.to_text()), Some(facts));
+    }
+    assert_eq!(Facts::from_words([4; WORDS]), None);
+    let long = format!("{} 1", Facts::File(FILE).to_text());
+    for bad in ["", "1 2", "x", &long] {
+        assert_eq!(Facts::from_text(bad), None, "{bad:?}");
+    }
+}
+
+#[test]
+fn a_file_is_known_by_inode_birth_and_filesystem() {
+    let file = Facts::File;
+    let grown = FileFacts {
+        bytes: 8192,
+        ..FILE
+    };
+    assert_eq!(same_boot(file(FILE), file(grown)), Verdict::Same);
+    // Remounted under another number.
+    let remounted = FileFacts {
+        device: 0xFFFF_FF01,
+        ..FILE
+    };
+    assert_eq!(same_boot(file(FILE), file(remounted)), Verdict::Same);
+    for other in [
+        FileFacts { inode: 13, ..FILE },
+        FileFacts { birth: 7, ..FILE },
+        FileFacts {
+            uuid: [1, 3],
+            device: 5,
+            ..FILE
+        },
+    ] {
+        assert_eq!(same_boot(file(FILE), file(other)), Verdict::Other);
+    }
+    // Without a UUID, f_fsid speaks for it, if it is not the device number.
+    let plain = FileFacts {
+        uuid: [0; 2],
+        ..FILE
+    };
+    let moved = FileFacts {
+        device: 0xFFFF_FF01,
+        ..plain
+    };
+    assert_eq!(same_boot(file(plain), file(moved)), Verdict::Same);
+    let doubtful = FileFacts { fsid: 4, ..moved };
+    assert!(is_doubt(same_boot(file(plain), file(doubtful))));
+    // Without a birth time the inode may have been used again.
+    let unborn = FileFacts { birth: 0, ..FILE };
+    assert_eq!(same_boot(file(unborn), file(unborn)), Verdict::Same);
+    assert!(is_doubt(file(unborn).compare(&file(unborn), false)));
+}
+
+#[test]
+fn a_copy_of_a_mounted_filesystem_is_a_doubt() {
+    let root = std::fs::metadata("/proc/self").unwrap().dev();
+    let mounted = FileFacts {
+        device: root,
+        ..FILE
+    };
+    let copy = FileFacts {
+        device: 0xFFFF_FF01,
+        ..FILE
+    };
+    assert!(is_doubt(same_boot(Facts::File(mounted), Facts::File(copy))));
+    assert_eq!(
+        Facts::File(mounted).compare(&Facts::File(copy), false),
+        Verdict::Same
+    );
+}
+
+#[test]
+fn a_snapshot_of_btrfs_is_another_image() {
+    let kind = BTRFS_SUPER_MAGIC.0 as u64;
+    let then = FileFacts { kind, ..FILE };
+    let snapshot = FileFacts { fsid: 4, ..then };
+    assert_eq!(
+        same_boot(Facts::File(then), Facts::File(snapshot)),
+        Verdict::Other
+    );
+}
+
+#[test]
+fn a_loop_device_is_its_backing_file() {
+    assert_eq!(same_boot(over(FILE), over(FILE)), Verdict::Same);
+    let other = FileFacts { inode: 13, ..FILE };
+    assert_eq!(same_boot(over(FILE), over(other)), Verdict::Other);
+    let Facts::Loop {
+        file, limit, bytes, ..
+    } = over(FILE)
+    else {
+        unreachable!()
+    };
+    let part = Facts::Loop {
+        file,
+        offset: 1024,
+        limit,
+        bytes,
+    };
+    assert!(is_doubt(same_boot(over(FILE), part)));
+    assert!(is_doubt(same_boot(over(FILE), Facts::File(FILE))));
+    assert!(is_doubt(same_boot(Facts::File(FILE), over(FILE))));
+    assert_eq!(same_boot(over(FILE), Facts::Device(DISK)), Verdict::Other);
+}
+
+#[test]
+fn a_disk_is_known_by_its_serial_or_by_its_diskseq() {
+    let disk = Facts::Device;
+    let named = DeviceFacts { name: 5, ..DISK };
+    let renumbered = DeviceFacts {
+        number: 1,
+        diskseq: 1,
+        ..named
+    };
+    assert_eq!(disk(named).compare(&disk(renumbered), false), Verdict::Same);
+    assert_eq!(same_boot(disk(named), disk(renumbered)), Verdict::Same);
+    let others = [
+        DeviceFacts { name: 6, ..named },
+        DeviceFacts { name: 0, ..named },
+        DeviceFacts {
+            first: 4096,
+            ..named
+        },
+        DeviceFacts {
+            partition_uuid: 8,
+            ..named
+        },
+    ];
+    for other in others {
+        assert_eq!(same_boot(disk(named), disk(other)), Verdict::Other);
+    }
+    assert_eq!(same_boot(disk(DISK), disk(DISK)), Verdict::Same);
+    let next = DeviceFacts { diskseq: 1, ..DISK };
+    assert!(is_doubt(same_boot(disk(DISK), disk(next))));
+    assert!(is_doubt(disk(DISK).compare(&disk(DISK), false)));
+    let larger = DeviceFacts { bytes: 1, ..next };
+    assert_eq!(same_boot(disk(DISK), disk(larger)), Verdict::Other);
+}
+
+#[test]
+fn a_disk_without_a_serial_that_is_still_there_is_not_this_one() {
+    let present = std::fs::read_dir("/sys/block").into_iter().flatten();
+    let present = present.flatten().find_map(|disk| {
+        let text = std::fs::read_to_string(disk.path().join("diskseq")).ok()?;
+        text.trim().parse().ok()
+    });
+    // A machine without disks has nothing to tell.
+    let Some(diskseq) = present else { return };
+    let then = DeviceFacts { diskseq, ..DISK };
+    assert_eq!(
+        same_boot(Facts::Device(then), Facts::Device(DISK)),
+        Verdict::Other
+    );
+}
+
+proptest! {
+    #[test]
+    fn any_words_are_facts_or_none(mut words: [u64; WORDS]) {
+        words[0] %= 5;
+        if let Some(facts) = Facts::from_words(words) {
+            prop_assert_eq!(Facts::from_words(facts.to_words()), Some(facts));
+        }
+    }
+}
