@@ -34,7 +34,7 @@ pub struct Tuneup {
     pub disk_threads: usize,
     /// Bytes of data that may wait for the disk.
     pub parked_size: usize,
-    /// How long to ask for rivals at the start.
+    /// How long to ask for other targets at the start.
     pub address_probe: Duration,
     /// Bytes of cache.
     pub cache_size: u64,

@@ -6,7 +6,7 @@
 //! (another MAC, or a VLAN we are not in), and it is to our shelf or every shelf
 //! and our slot or every slot. An answer passes only if it is
 //! broadcast and carries exactly our address: then another target claims to be
-//! us. While we ask for rivals, answers under our tag pass, and nothing else.
+//! us. While we ask for other targets, answers under our tag pass, and nothing else.
 
 use crate::sys::packet::sock_filter;
 use crate::wire::{Address, ETHERTYPE, Shelf, Slot};

@@ -2,10 +2,10 @@
 //!
 //! Two targets with one address destroy a disk, since an initiator takes them
 //! for two paths to it. So before anything is served, sockets of their own ask
-//! for our shelf and slot, and whoever answers is a rival: we do not yet.
+//! for our shelf and slot, and each that answers is another target: we do not yet.
 //!
 //! A host that answers for every address is no target. So each round asks for a
-//! random address as well; whoever answers for all of those is ignored. A real
+//! random address as well; a host that answers for all of those is ignored. A real
 //! target does not have all of them, whichever it has.
 
 use std::io;
@@ -22,12 +22,12 @@ use crate::wire::{Address, ETHERTYPE, MacAddr, Request, config};
 
 /// The question is asked so often in the time there is, since one may be lost.
 const ROUNDS: u32 = 3;
-/// Hosts whose answers are told apart; of more, each that answers is a rival.
+/// Hosts whose answers are told apart; of more, each that answers is a target.
 const ANSWERERS_MAX: usize = 64;
 
 /// Another target that answers under our address.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Rival {
+pub struct AddressConflict {
     /// Its MAC.
     pub mac: MacAddr,
     /// The interface it was heard on.
@@ -67,7 +67,7 @@ impl Questions {
 /// A host that has answered, and for what.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Answerer {
-    who: Rival,
+    who: AddressConflict,
     ours: bool,
     /// A bit for each random address.
     random: u32,
@@ -79,7 +79,7 @@ struct Answerers(Vec<Answerer>);
 
 impl Answerers {
     /// Notes that a host answers for an address.
-    fn note(&mut self, questions: &Questions, who: Rival, address: Address) {
+    fn note(&mut self, questions: &Questions, who: AddressConflict, address: Address) {
         let ours = address == questions.address;
         let random = questions.random.iter().enumerate();
         let random = random.filter(|(_, a)| **a == address);
@@ -94,31 +94,31 @@ impl Answerers {
 
     /// The first that answers for our address alone, and all that answer for
     /// every address.
-    fn verdict(self) -> (Option<Rival>, Vec<Rival>) {
+    fn verdict(self) -> (Option<AddressConflict>, Vec<AddressConflict>) {
         const EVERY: u32 = (1 << ROUNDS) - 1;
         let ours = self.0.into_iter().filter(|a| a.ours);
-        let (liars, rivals): (Vec<_>, Vec<_>) = ours.partition(|a| a.random == EVERY);
-        let rival = rivals.into_iter().next().map(|a| a.who);
-        (rival, liars.into_iter().map(|a| a.who).collect())
+        let (liars, targets): (Vec<_>, Vec<_>) = ours.partition(|a| a.random == EVERY);
+        let conflict = targets.into_iter().next().map(|a| a.who);
+        (conflict, liars.into_iter().map(|a| a.who).collect())
     }
 }
 
 /// A socket that asks.
-struct Asker<'a> {
+struct Prober<'a> {
     nic: &'a str,
     link: Link,
     socket: PacketSocket,
     receiver: BatchReceiver,
 }
 
-impl<'a> Asker<'a> {
-    fn open(nic: &'a str, link: &Link, questions: &Questions) -> io::Result<Asker<'a>> {
+impl<'a> Prober<'a> {
+    fn open(nic: &'a str, link: &Link, questions: &Questions) -> io::Result<Prober<'a>> {
         let socket = PacketSocket::open()?;
         socket.attach_filter(&filter::answers(questions.tag))?;
         socket.ignore_outgoing()?;
         let receiver = BatchReceiver::new(&socket, link.mtu)?;
         socket.bind(link.index, ETHERTYPE)?;
-        Ok(Asker {
+        Ok(Prober {
             nic,
             link: *link,
             socket,
@@ -128,7 +128,7 @@ impl<'a> Asker<'a> {
 
     fn ask(&self, address: Address, tag: [u8; 4]) {
         let question = config::question(MacAddr(self.link.mac), address, tag);
-        // A link that is down takes no question, and holds no rival either.
+        // A link that is down takes no question, and has no target either.
         let _ = self.socket.send(std::iter::once([&question[..], &[], &[]]));
     }
 
@@ -147,7 +147,7 @@ impl<'a> Asker<'a> {
             self.receiver.release();
             if let Some((mac, address)) = answer {
                 let nic = self.nic.to_owned();
-                answerers.note(questions, Rival { mac, nic }, address);
+                answerers.note(questions, AddressConflict { mac, nic }, address);
             }
         }
     }
@@ -155,47 +155,47 @@ impl<'a> Asker<'a> {
 
 /// Asks on all NICs that have a link, for `time` in all. Returns the first who
 /// has our address; who answers for every address is warned about.
-pub fn rival(
+pub fn find_conflict(
     nics: &[Nic],
     address: Address,
     seed: [u8; 16],
     time: Duration,
-) -> Result<Option<Rival>, NicError> {
+) -> Result<Option<AddressConflict>, NicError> {
     let questions = Questions::new(address, seed);
-    let mut askers = Vec::new();
+    let mut probers = Vec::new();
     for nic in nics {
         let Some(link) = nic.link.filter(|link| link.running) else {
             continue;
         };
-        let asker = Asker::open(&nic.name, &link, &questions).map_err(|e| NicError {
+        let prober = Prober::open(&nic.name, &link, &questions).map_err(|e| NicError {
             name: nic.name.clone(),
             why: NicTrouble::System("asking for our address", e),
         })?;
-        askers.push(asker);
+        probers.push(prober);
     }
-    if askers.is_empty() {
+    if probers.is_empty() {
         return Ok(None);
     }
     let mut answerers = Answerers::default();
     let start = Instant::now();
     for (round, random) in (1..).zip(questions.random) {
-        for asker in &askers {
+        for prober in &probers {
             // All on the loopback interface have one MAC: there nobody is told
             // apart, and so nobody is ignored.
-            if asker.link.kind != LinkKind::Loopback {
-                asker.ask(random, questions.tag);
+            if prober.link.kind != LinkKind::Loopback {
+                prober.ask(random, questions.tag);
             }
-            asker.ask(address, questions.tag);
+            prober.ask(address, questions.tag);
         }
         loop {
             let left = (time * round / ROUNDS).saturating_sub(start.elapsed());
-            for asker in &mut askers {
-                asker.hear(&questions, &mut answerers);
+            for prober in &mut probers {
+                prober.hear(&questions, &mut answerers);
             }
             if left.is_zero() {
                 break;
             }
-            let mut fds: Vec<PollFd> = askers
+            let mut fds: Vec<PollFd> = probers
                 .iter()
                 .map(|a| PollFd::new(a.socket.as_fd(), PollFlags::POLLIN))
                 .collect();
@@ -204,14 +204,14 @@ pub fn rival(
             let _ = poll(&mut fds, timeout.unwrap_or(PollTimeout::MAX));
         }
     }
-    let (rival, liars) = answerers.verdict();
-    for Rival { mac, nic } in liars {
+    let (conflict, liars) = answerers.verdict();
+    for AddressConflict { mac, nic } in liars {
         log::warn!(
             "{address}: {mac} on {nic} answers for every address, and is not taken for another \
              target; find out what that host does"
         );
     }
-    Ok(rival)
+    Ok(conflict)
 }
 
 #[cfg(test)]
@@ -225,15 +225,15 @@ mod tests {
         )
     }
 
-    fn host(number: u8) -> Rival {
-        Rival {
+    fn host(number: u8) -> AddressConflict {
+        AddressConflict {
             mac: MacAddr([2, 0, 0, 0, 0, number]),
             nic: "eth0".into(),
         }
     }
 
     #[test]
-    fn who_answers_for_every_address_is_no_rival_and_who_leaves_one_out_is() {
+    fn a_host_that_answers_for_every_address_is_ignored_and_no_other() {
         let questions = questions();
         let every = questions.random.into_iter().chain([questions.address]);
         let every: Vec<Address> = every.collect();
@@ -258,7 +258,7 @@ mod tests {
     }
 
     #[test]
-    fn many_that_answer_hide_no_rival_and_take_no_memory() {
+    fn many_that_answer_hide_no_target_and_take_no_memory() {
         let questions = questions();
         let mut answerers = Answerers::default();
         for number in 0..=255 {

@@ -5,7 +5,7 @@ use std::io;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use crate::net::{NicError, probe::Rival};
+use crate::net::{NicError, probe::AddressConflict};
 use crate::store::{ImageError, RecoverError, ShadowError, StateError};
 use crate::sys::lock::Holder;
 use crate::wire::Address;
@@ -22,7 +22,7 @@ pub enum ServeError {
     /// The wire's state itself; the file, and what is wrong.
     BadState(std::path::PathBuf, crate::access::BadState),
     /// Another target answers under our address.
-    Rival(Address, Rival),
+    AddressConflict(Address, AddressConflict),
     /// Another process of this machine has our address on this interface.
     Claimed(Address, String, Option<Holder>),
     /// What a target that died has left.
@@ -58,7 +58,7 @@ impl fmt::Display for ServeError {
                  masks and reservation",
                 path.display()
             ),
-            ServeError::Rival(address, Rival { mac, nic }) => write!(
+            ServeError::AddressConflict(address, AddressConflict { mac, nic }) => write!(
                 f,
                 "{address} is taken: {mac} answers under it on {nic}, and initiators would take \
                  both for one disk; choose another shelf or slot (--shared-address serves anyway)"

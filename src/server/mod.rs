@@ -50,8 +50,8 @@ const NIC_RETRY: Duration = Duration::from_secs(1);
 const PULSE: Duration = Duration::from_secs(1);
 /// How often a stop that takes long says what is left.
 const STOP_LOG_INTERVAL: Duration = Duration::from_secs(5);
-/// How often a rival is written about.
-const RIVAL_LOG_INTERVAL: Duration = Duration::from_secs(10);
+/// How often an address conflict is logged.
+const CONFLICT_LOG_INTERVAL: Duration = Duration::from_secs(10);
 
 /// An export that is ready to serve.
 pub struct Export {
@@ -68,7 +68,7 @@ pub struct Export {
     wait: Wait,
     /// Kept as long as the address is ours on this machine.
     _claims: Vec<Claim>,
-    rival_logged: Option<Instant>,
+    conflict_logged: Option<Instant>,
     report: Report,
 }
 
@@ -198,7 +198,7 @@ impl Export {
         for port in self.nics.iter_mut().filter_map(|nic| nic.port.as_mut()) {
             port.refill();
         }
-        let mut rival = None;
+        let mut conflict = None;
         let mut taken = 0;
         let most = if self.target.is_reading() {
             TURN_READING
@@ -221,7 +221,7 @@ impl Export {
                             self.target.recycle(body);
                         }
                     }
-                    Action::Rival(mac) => rival = Some((mac, id)),
+                    Action::AddressConflict(mac) => conflict = Some((mac, id)),
                     Action::Drop(_) | Action::Parked => {}
                 }
             }
@@ -235,8 +235,8 @@ impl Export {
                 self.send_ready();
             }
         }
-        if let Some((mac, id)) = rival {
-            self.warn_of_rival(now, mac, id);
+        if let Some((mac, id)) = conflict {
+            self.warn_of_conflict(now, mac, id);
         }
         taken
     }
@@ -553,12 +553,12 @@ impl Export {
         }
     }
 
-    fn warn_of_rival(&mut self, now: Instant, mac: MacAddr, id: NicId) {
+    fn warn_of_conflict(&mut self, now: Instant, mac: MacAddr, id: NicId) {
         if self
-            .rival_logged
-            .is_none_or(|last| now - last >= RIVAL_LOG_INTERVAL)
+            .conflict_logged
+            .is_none_or(|last| now - last >= CONFLICT_LOG_INTERVAL)
         {
-            self.rival_logged = Some(now);
+            self.conflict_logged = Some(now);
             let nic = &self.nics[usize::from(id.0)].name;
             log::error!(
                 "another target at {mac} (on {nic}) says that it is {} too: initiators will mix \

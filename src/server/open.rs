@@ -193,7 +193,7 @@ pub(super) fn open(options: &Options) -> Result<Export, ServeError> {
         watch,
         wait,
         _claims: claims,
-        rival_logged: None,
+        conflict_logged: None,
         report: Report::new(Instant::now(), log::max_level()),
     })
 }
@@ -329,8 +329,8 @@ fn take_address(options: &Options, nics: &[Nic]) -> Result<Vec<Claim>, ServeErro
             })?);
         }
     }
-    match probe::rival(nics, address, uuid(), time).map_err(ServeError::Nic)? {
-        Some(rival) => Err(ServeError::Rival(address, rival)),
+    match probe::find_conflict(nics, address, uuid(), time).map_err(ServeError::Nic)? {
+        Some(conflict) => Err(ServeError::AddressConflict(address, conflict)),
         None => Ok(claims),
     }
 }

@@ -88,7 +88,7 @@ pub enum Action {
     /// Nothing now; the reply comes when the disk is done.
     Parked,
     /// Another target answers under our address.
-    Rival(MacAddr),
+    AddressConflict(MacAddr),
 }
 
 impl Action {
@@ -234,7 +234,7 @@ impl Target {
         let action = self.decide(now, nic, frame, head);
         match &action {
             Action::Drop(why) => self.counters.dropped(*why),
-            Action::Rival(_) => self.counters.dropped(Dropped::Response),
+            Action::AddressConflict(_) => self.counters.dropped(Dropped::Response),
             _ => self.counters.requests += 1,
         }
         action
@@ -305,7 +305,7 @@ impl Target {
                 slot: request.slot,
             };
             if !ours && claims_us == self.settings.address {
-                return Err(Action::Rival(source));
+                return Err(Action::AddressConflict(source));
             }
             return drop(Dropped::Response);
         }

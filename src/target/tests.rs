@@ -179,7 +179,7 @@ enum Got {
     Reply(Reply),
     Parked,
     Dropped(Dropped),
-    Rival(MacAddr),
+    AddressConflict(MacAddr),
 }
 
 /// A target on a bench.
@@ -367,7 +367,7 @@ impl Bench {
             Action::Reply { len, body, sum } => Got::Reply(self.whole(&head[..len], body, sum)),
             Action::Parked => Got::Parked,
             Action::Drop(why) => Got::Dropped(why),
-            Action::Rival(mac) => Got::Rival(mac),
+            Action::AddressConflict(mac) => Got::AddressConflict(mac),
         };
         match &got {
             Got::Reply(reply) => self.check(nic, frame.bytes, reply),

@@ -27,7 +27,7 @@ const IMAGE: u64 = 2048;
 /// A second, as promised, and one more for a busy machine.
 const A_SECOND: Duration = Duration::from_secs(2);
 
-/// What makes a target write a line: a rival's claim.
+/// What makes a target write a line: another target's answer.
 fn claim(client: &mut Client) {
     let frame = Frame::config(0, b"")
         .to(MacAddr::BROADCAST)
@@ -79,7 +79,7 @@ fn a_signal_that_comes_while_it_starts_is_not_lost() {
     )
     .start()
     .unwrap();
-    // It asks for rivals now, with its signals blocked.
+    // It asks for other targets now, with its signals blocked.
     let status = format!("/proc/{}/status", target.pid());
     wait_until("its signals to be blocked", soon(), || {
         let text = fs::read_to_string(&status).unwrap_or_default();

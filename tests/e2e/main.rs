@@ -7,6 +7,7 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+mod address_conflict;
 mod admin;
 mod arena;
 mod backup;
@@ -18,13 +19,11 @@ mod floors;
 mod frames;
 mod freeze;
 mod hostile;
-
 mod kills;
 mod late_nics;
 mod life;
 mod nics;
 mod rig;
-mod rival;
 mod serve;
 mod slow;
 mod static_build;

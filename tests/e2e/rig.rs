@@ -19,7 +19,7 @@ pub struct Rig {
     pub store: Store,
 }
 
-/// Options that a test wants in any case: no waiting for rivals that are not
+/// Options that a test wants in any case: no waiting for other targets that are not
 /// there.
 pub const QUICK: [&str; 2] = ["--set", "address_probe=10"];
 

@@ -31,7 +31,7 @@ pub fn soon() -> Deadline {
 pub struct Lab {
     /// Where the target runs.
     pub host: Namespace,
-    /// Where initiators and rivals run.
+    /// Where initiators and other targets run.
     pub peer: Namespace,
 }
 

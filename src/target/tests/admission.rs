@@ -117,7 +117,7 @@ fn a_frame_shorter_than_the_header_of_its_command_is_dropped() {
 }
 
 #[test]
-fn an_answer_is_never_answered_and_one_in_our_name_is_a_rival() {
+fn an_answer_is_never_answered_and_one_in_our_name_is_a_conflict() {
     let mut bench = Bench::new();
     for kind in kinds() {
         for flags in [0x18, 0x1C, 0x1F, 0x08, 0x28] {
@@ -126,17 +126,17 @@ fn an_answer_is_never_answered_and_one_in_our_name_is_a_rival() {
             expect_drop(&mut bench, SMALL, whole(&bytes), Dropped::Response);
             let bytes = bench.encode(SMALL, ALICE, &ask.clone().everywhere());
             expect_drop(&mut bench, SMALL, whole(&bytes), Dropped::Response);
-            // Our own advertisement, heard on our other NIC, is no rival's.
+            // Our own advertisement, heard on our other NIC, is no other target's.
             let bytes = bench.encode(SMALL, 2, &ask.clone().to(broadcast()));
             expect_drop(&mut bench, SMALL, whole(&bytes), Dropped::Response);
             match bench.send(SMALL, ALICE, &ask.to(broadcast())) {
-                Got::Rival(mac) => assert_eq!(mac, host(ALICE)),
+                Got::AddressConflict(mac) => assert_eq!(mac, host(ALICE)),
                 other => panic!("{other:?}"),
             }
         }
     }
     let counted = bench.target.counters();
-    assert_eq!(counted.requests, 0, "a rival is no request");
+    assert_eq!(counted.requests, 0, "an answer is no request");
 }
 
 #[test]

@@ -412,7 +412,10 @@ fn run(seed: u64) {
         let (nic, bytes) = frame(&mut chance, &mut bench, &captured, &recent);
         let Some(from) = heard(&bench, &bytes) else {
             let got = bench.hand(nic, &bytes);
-            assert!(matches!(got, Got::Dropped(_) | Got::Rival(_)), "{got:?}");
+            assert!(
+                matches!(got, Got::Dropped(_) | Got::AddressConflict(_)),
+                "{got:?}"
+            );
             continue;
         };
         let ata = bytes[19] == 0 && bytes[14] >> 4 == 1;
@@ -461,7 +464,7 @@ fn run(seed: u64) {
                 model.unwrite(must);
             }
             Got::Dropped(why) => assert_eq!((why, must), (Dropped::BroadcastChange, Must::Silence)),
-            Got::Rival(mac) => panic!("rival {mac}"),
+            Got::AddressConflict(mac) => panic!("address conflict: {mac}"),
         }
     }
     bench.open();

@@ -104,7 +104,7 @@ impl Bench {
         match self.target.handle(self.now, SMALL, frame, &mut head) {
             Action::Reply { body, .. } => self.target.recycle(body),
             Action::Drop(why) => return Some(why),
-            Action::Parked | Action::Rival(_) => {}
+            Action::Parked | Action::AddressConflict(_) => {}
         }
         None
     }

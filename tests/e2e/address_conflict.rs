@@ -23,7 +23,7 @@ use crate::workshop::{Ended, Lab, mac_of, run, sector, soon, timed};
 const IMAGE: u64 = 2048;
 
 /// Our own target on the initiators' side of the wire.
-fn rival(lab: &Lab, store: &Store) -> Process {
+fn other_target(lab: &Lab, store: &Store) -> Process {
     serve(&lab.peer, store, &["ini0"], &[])
 }
 
@@ -67,11 +67,11 @@ fn assert_refused(ended: &Ended, mac: MacAddr, nic: &str) {
 
 #[test]
 fn a_target_of_our_own_at_the_other_end_is_found_and_we_refuse() {
-    if !lab::require("our own target as a rival", &[Need::Network]) {
+    if !lab::require("two of our own targets", &[Need::Network]) {
         return;
     }
     let (lab, theirs) = (Lab::new(2, 1500), Store::new(IMAGE));
-    let other = rival(&lab, &theirs);
+    let other = other_target(&lab, &theirs);
     let mac = mac_of(&lab.peer, "ini0");
     assert_refused(&try_to_serve(&lab.host, &["tgt0"], &[]), mac, "tgt0");
     // On whichever of the NICs it is.
@@ -107,7 +107,7 @@ fn a_target_of_our_own_at_the_other_end_is_found_and_we_refuse() {
 #[test]
 fn a_vblade_at_the_other_end_is_found_and_we_refuse() {
     let needs = [Need::Network, Need::Program("vblade")];
-    if !lab::require("vblade as a rival", &needs) {
+    if !lab::require("vblade under our address", &needs) {
         return;
     }
     let (lab, theirs) = (Lab::new(1, 1500), Store::new(IMAGE));
@@ -164,7 +164,7 @@ fn a_host_that_answers_for_every_address_keeps_nobody_from_starting() {
     for part in ["warning", "e1.1", &mac.to_string(), "tgt0"] {
         assert!(line.contains(part), "no '{part}' in: {line}");
     }
-    // A rival beside it is found, and so is one that -m excludes: hosts hear it.
+    // Another target beside it is found, and so is one that -m excludes: hosts hear it.
     let theirs = Store::new(IMAGE);
     let other = serve(&lab.peer, &theirs, &["ini1"], &[]);
     let options = [&slow[..], &["-m", "020000000001"]].concat();
@@ -192,7 +192,7 @@ fn an_answer_delays_nothing_that_a_dead_target_has_left() {
     lab.client(0).write(7, &sector(7, 1)).unwrap();
     target.kill().unwrap();
     assert_eq!(ours.sectors(7, 1), [0; SECTOR]);
-    let _rival = Liar::start(&lab.peer, "ini0", 1, 1);
+    let _other = Liar::start(&lab.peer, "ini0", 1, 1);
     let mut refused = command(&lab.host, &ours, &["tgt0"], &[]).start().unwrap();
     assert_eq!(refused.wait(soon()).unwrap().code(), Some(1));
     let output = refused.output();
@@ -207,7 +207,7 @@ fn an_answer_delays_nothing_that_a_dead_target_has_left() {
 #[test]
 fn on_lo_too() {
     let needs = [Need::Network, Need::Program("vblade")];
-    if !lab::require("vblade as a rival on lo", &needs) {
+    if !lab::require("vblade under our address on lo", &needs) {
         return;
     }
     let (host, theirs) = (Namespace::new().unwrap(), Store::new(IMAGE));
@@ -230,9 +230,9 @@ fn a_shared_address_is_served_and_nobody_is_asked() {
         return;
     }
     let (lab, theirs, ours) = (Lab::new(1, 1500), Store::new(IMAGE), Store::new(IMAGE));
-    let other = rival(&lab, &theirs);
+    let other = other_target(&lab, &theirs);
     let target = serve(&lab.host, &ours, &["tgt0"], &["--shared-address"]);
-    // Its rival answers the initiators of another host as well as we do.
+    // The other one answers the initiators of another host as well as we do.
     let second = Store::new(IMAGE);
     let beside = serve(&lab.host, &second, &["tgt0"], &["--shared-address"]);
     for process in [target, other, beside] {
@@ -306,8 +306,8 @@ fn an_address_given_up_while_we_ask_is_taken() {
 }
 
 #[test]
-fn a_rival_that_comes_later_is_told_of_loudly_and_not_endlessly() {
-    if !lab::require("a rival that comes later", &[Need::Network]) {
+fn a_target_that_comes_later_is_told_of_loudly_and_not_endlessly() {
+    if !lab::require("a target that comes later", &[Need::Network]) {
         return;
     }
     let (lab, ours) = (Lab::new(2, 1500), Store::new(IMAGE));
@@ -386,7 +386,7 @@ fn of_two_that_start_together_someone_says_so() {
 }
 
 #[test]
-fn two_nics_of_ours_on_one_wire_are_no_rivals() {
+fn two_nics_of_ours_on_one_wire_are_no_conflict() {
     if !lab::require("two NICs on one wire", &[Need::Network]) {
         return;
     }
