@@ -83,7 +83,7 @@ impl fmt::Display for Senseless {
                 "freeze: the last one is still being merged; send it again when that is done"
             }
             Senseless::Running => "thaw: nothing is frozen; nothing done",
-            Senseless::ThawingAlready => "thaw: it is under way already; nothing done",
+            Senseless::ThawingAlready => "thaw: it is thawing already; nothing done",
         })
     }
 }

@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use crate::extent::Extent;
+use crate::extent::{Extent, InImage};
 use crate::file::BlockFile;
 use crate::format::{Copied, Spec, State};
 use crate::open::{self, OpenError};
@@ -37,7 +37,7 @@ impl fmt::Display for Finding {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.page {
             None => f.write_str("header")?,
-            Some(page) => write!(f, "bitmap page {page} ({} of the image)", self.sectors)?,
+            Some(page) => write!(f, "bitmap page {page} ({})", InImage(self.sectors))?,
         }
         write!(f, ", copy {}: {}", self.copy, self.why)?;
         f.write_str(match self.other {

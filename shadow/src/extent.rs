@@ -106,6 +106,19 @@ impl Extent {
     }
 }
 
+/// An extent that is counted from the beginning of the image, as messages write it.
+pub(crate) struct InImage(pub Extent);
+
+impl fmt::Display for InImage {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Extent { start, count } = self.0;
+        match count {
+            0 | 1 => write!(f, "image sector {start}"),
+            _ => write!(f, "image sectors {start} to {}", start + count - 1),
+        }
+    }
+}
+
 impl fmt::Display for Extent {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{} sectors at {}", self.count, self.start())

@@ -3,7 +3,7 @@
 use std::fmt;
 use std::io;
 
-use crate::extent::Extent;
+use crate::extent::{Extent, InImage};
 use crate::file::BlockFile;
 use crate::format::{BITMAP, BitmapPage, Copied, Geometry, Header, PAGE, PAIR, Spec, VERSION};
 use crate::map::Map;
@@ -72,12 +72,12 @@ impl fmt::Display for OpenError {
                 let named = damage.iter().take(NAMED);
                 for (i, extent) in named.enumerate() {
                     let comma = if i == 0 { "" } else { ", " };
-                    write!(f, "{comma}{extent}")?;
+                    write!(f, "{comma}{}", InImage(*extent))?;
                 }
                 if let Some(more) = damage.len().checked_sub(NAMED + 1) {
                     write!(f, " and {} other places", more + 1)?;
                 }
-                f.write_str(" of the image; restore it, or give up the writes in it by removing it")
+                f.write_str("; restore it, or give up the writes in it by removing it")
             }
         }
     }

@@ -2,7 +2,7 @@
 //!
 //! `PATH.new` while the image is brought to the instant of the freeze; `PATH`
 //! once the image is quiesced, which is what a backup waits for; `PATH.thaw` from
-//! the moment a thaw may change the image, whoever ordered it. PATH is a small
+//! the moment any thaw may change the image. PATH is a small
 //! file then, the marker, until all is merged: "PATH is there" means "not merged
 //! yet", and "the same inode before and after" proves a copy of the image.
 //! `PATH.cut` is what 0.1.0 called a shadow whose thaw nobody had ordered.
@@ -493,7 +493,7 @@ pub enum Peek {
     InUse(ShadowFile, u64),
 }
 
-/// Opens the file of a shadow to be read, whoever has it.
+/// Opens the file of a shadow to be read, also where another process has it.
 pub fn peek(path: &Path) -> Result<Peek, PathError> {
     let file = open_file(path, Access::Look)?;
     let ours = ShadowFile::try_lock(&file, Access::Look).map_err(at(path))?;

@@ -103,8 +103,8 @@ pub fn real_time() -> u64 {
 }
 
 /// Tells an arena of the same image that we have changed the image, and how it
-/// looks now. Whoever recovers the arena will not take our change for that of a
-/// stranger.
+/// looks now. The target that recovers the arena will not take our change for a
+/// foreign one.
 ///
 /// Fails where the file is no arena (`InvalidData`).
 pub fn tell(arena: &Path, stamp: &Stamp) -> io::Result<()> {

@@ -184,7 +184,7 @@ fn the_message_names_the_sectors() {
     // The window, from its first sector to its last.
     let sectors = 3 * PAGE_CHUNKS * 8 - 8;
     assert!(
-        error.contains(&format!("{sectors} sectors at LBA 2 of the image")),
+        error.contains(&format!("image sectors 2 to {}", sectors + 1)),
         "{error}"
     );
     let error = with(&[8192, 8192 + 4096, 3 * 8192, 3 * 8192 + 4096].map(|at| (at, 1)));
@@ -245,7 +245,8 @@ fn a_check_sees_what_opening_passes_over() {
     assert_eq!(torn[0].other, Other::Never);
     let sectors = PAGE_CHUNKS * 8;
     let line = found[2].to_string();
-    let name = format!("bitmap page 1 ({sectors} sectors at LBA {sectors} of the image), copy 0");
+    let last = 2 * sectors - 1;
+    let name = format!("bitmap page 1 (image sectors {sectors} to {last}), copy 0");
     assert!(line.starts_with(&name), "{line}");
     assert!(matches!(report(&[0, 4096]), Err(OpenError::NotAShadow)));
     assert!(matches!(report(&[0, 4196]), Err(OpenError::Header(_))));

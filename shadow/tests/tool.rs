@@ -450,14 +450,11 @@ fn check_names_what_is_damaged() {
     let lines = found(&["check", "s"]);
     assert_eq!(lines.lines().count(), 3);
     assert!(
-        lines.contains("bitmap page 0 (2000 sectors at LBA 3 of the image), copy 1"),
+        lines.contains("bitmap page 0 (image sectors 3 to 2002), copy 1"),
         "{lines}"
     );
     let line = scene.bad(&["merge", "s", "image"]);
-    assert!(
-        line.contains("2000 sectors at LBA 3 of the image"),
-        "{line}"
-    );
+    assert!(line.contains("image sectors 3 to 2002"), "{line}");
     scene.assert_untouched();
 }
 

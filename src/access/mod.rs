@@ -106,17 +106,17 @@ pub fn is_write_cache_off(state: &WireState, source: MacAddr) -> bool {
     !state.write_cache || off.contains(source) || anyone
 }
 
-/// Carries out a switch for `asker` alone.
-pub fn switch(state: &mut WireState, switch: Switch, asker: MacAddr) -> Result<(), Full> {
+/// Carries out a switch for one initiator alone.
+pub fn switch(state: &mut WireState, switch: Switch, initiator: MacAddr) -> Result<(), Full> {
     let (off, on) = match switch {
         Switch::WriteCache(on) => (&mut state.write_cache_off, on),
         Switch::Smart(on) => (&mut state.smart_off, on),
     };
     if on {
-        off.remove(asker);
+        off.remove(initiator);
         Ok(())
     } else {
-        off.insert(asker)
+        off.insert(initiator)
     }
 }
 

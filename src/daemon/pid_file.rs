@@ -159,8 +159,8 @@ impl PidFile {
         let locked = lock::set(&file, Lock::Exclusive, 0, 0);
         if locked.is_err() {
             match lock::holder(&file, Lock::Exclusive, 0, 0)? {
-                // Whoever may only read the file can hold such a one, and is
-                // not who serves.
+                // A process that may only read the file can hold such a one,
+                // and does not serve.
                 Some(holder) if holder.lock == Lock::Shared => {}
                 Some(holder) => return Err(Trouble::Taken(pid.or(holder.pid))),
                 None => return Err(Trouble::Taken(None)),
@@ -243,7 +243,7 @@ impl Drop for PidFile {
             Content::Other => false,
         };
         if ours && self.is_at_path() {
-            // Whoever took it away has saved us the work.
+            // If another process removed it, nothing is left to do.
             let _ = fs::remove_file(&self.path);
         }
     }

@@ -89,7 +89,7 @@ impl Claim {
             }
             Err(e) => return Err(e),
         }
-        // Whoever had it may have taken the file away before we had the lock.
+        // The last holder may have removed the file before we had the lock.
         Ok(is_at(path, &file).then(|| Claim {
             path: path.to_owned(),
             file,

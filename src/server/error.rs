@@ -51,10 +51,10 @@ impl fmt::Display for ServeError {
             }
             ServeError::Nic(e) => write!(f, "{e}"),
             ServeError::Image(e) => write!(f, "{e}"),
-            ServeError::State(e) => write!(f, "{e}; mend it or name another --state-dir"),
+            ServeError::State(e) => write!(f, "{e}; repair it or name another --state-dir"),
             ServeError::BadState(path, e) => write!(
                 f,
-                "state file {}: {e}; mend it, or remove it to start without config string, \
+                "state file {}: {e}; repair it, or remove it to start without config string, \
                  masks and reservation",
                 path.display()
             ),

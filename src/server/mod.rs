@@ -464,7 +464,7 @@ impl Export {
                 if self.target.resize(Instant::now(), bounds) {
                     log::info!("{}: {sectors}, {before} before", self.address);
                 } else {
-                    log::info!("{}: still {sectors}", self.address);
+                    log::info!("{}: {sectors}, as before", self.address);
                 }
             }
             Err(why) => {
@@ -561,8 +561,8 @@ impl Export {
             self.conflict_logged = Some(now);
             let nic = &self.nics[usize::from(id.0)].name;
             log::error!(
-                "another target at {mac} (on {nic}) says that it is {} too: initiators will mix \
-                 the two disks; stop one of them now",
+                "{}: another target at {mac} (on {nic}) says that it has this address too: \
+                 initiators will mix the two disks; stop one of them now",
                 self.address
             );
         }

@@ -293,7 +293,7 @@ fn load_state(options: &Options) -> Result<(StateFile, WireState), ServeError> {
     Ok((file, state))
 }
 
-/// Says for whom the write cache is off since hosts have switched it off.
+/// Logs the hosts that have switched their write cache off.
 fn tell_write_cache(address: Address, file: &StateFile, state: &WireState) {
     let path = file.path().display();
     if !state.write_cache {

@@ -471,7 +471,7 @@ fn open(options: &ImageOptions, is_device: bool) -> Result<File, ImageTrouble> {
         })
     };
     // For a block device, without O_CREAT: fails while it is in use, also where
-    // /proc and /sys do not show us by whom.
+    // /proc and /sys do not show us the user.
     let file = match is_device && !options.force {
         true => open(libc::O_EXCL)?,
         false => open(0)?,

@@ -169,8 +169,9 @@ impl Target {
         if let Some(frames) = news {
             let (count, lba) = (ask.taskfile.count, drive::lba(&ask.taskfile));
             log::warn!(
-                "{}: a write frame arrived damaged (it says {count} sectors at {lba}) and was \
+                "{}: {}: a write frame arrived damaged (it says {count} sectors at {lba}) and was \
                  dropped, {frames} since this was said last; look at cable, NIC and switch",
+                self.settings.address,
                 ask.origin.source
             );
         }

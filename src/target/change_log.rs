@@ -20,7 +20,7 @@ pub(super) struct ChangeLog {
     /// The state that the last line left.
     said: WireState,
     said_at: Option<Instant>,
-    /// How many changes came since, when the first, and from whom the last.
+    /// Number of changes since then, time of the first, source of the last.
     count: u64,
     first: Option<Instant>,
     last_by: MacAddr,
@@ -126,7 +126,7 @@ fn moves(before: &[MacAddr], now: &[MacAddr]) -> String {
     text
 }
 
-/// For whom something is switched off now, and for whom on.
+/// Hosts that have something switched off now, and hosts that have it on.
 fn switched(before: &MacSet, now: &MacSet) -> String {
     let (before, now) = (before.as_slice(), now.as_slice());
     let off = shortened(now.iter().filter(|mac| !before.contains(mac)));

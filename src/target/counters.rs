@@ -53,7 +53,7 @@ const REASONS: [(Dropped, &str); 16] = [
     (Dropped::BroadcastChange, "changes to all"),
     (Dropped::Silence, "met with silence"),
     (Dropped::NoRoom, "without room"),
-    (Dropped::InHand, "in hand already"),
+    (Dropped::InHand, "in flight already"),
     (Dropped::Damaged, "damaged"),
     (Dropped::Paced, "beyond their pace"),
 ];

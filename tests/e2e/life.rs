@@ -594,9 +594,11 @@ fn journal_lines_carry_their_level() {
     let mut client = lab.client(0);
     claim(&mut client);
     let line = target.wait_for_line("another target", soon()).unwrap();
-    assert!(line.starts_with("<3>another target"), "{line}");
+    assert!(line.starts_with("<3>e1.1: another target"), "{line}");
     target.signal(Signal::SIGHUP).unwrap();
-    let line = target.wait_for_line("still 2048", soon()).unwrap();
+    let line = target
+        .wait_for_line("2048 sectors, as before", soon())
+        .unwrap();
     assert!(line.starts_with("<6>"), "{line}");
     lab.host.set_up("tgt0", false).unwrap();
     let line = target.wait_for_line("link down", soon()).unwrap();
@@ -674,14 +676,14 @@ fn a_log_daemon_may_be_away_come_and_be_started_again() {
     hup(&mut client);
     let first = dev.log();
     hup(&mut client);
-    let line = logged(&first, "still 2048 sectors");
+    let line = logged(&first, "2048 sectors, as before");
     assert!(line.starts_with("<30>"), "{line}");
     drop(first);
     dev.unlink();
     hup(&mut client);
     let second = dev.log();
     hup(&mut client);
-    logged(&second, "still 2048 sectors");
+    logged(&second, "2048 sectors, as before");
     stop(target);
     logged(&second, "stopped");
 }

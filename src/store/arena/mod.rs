@@ -163,8 +163,8 @@ impl Arena {
         block: usize,
         count: u32,
     ) -> io::Result<Arena> {
-        // Under its own name only when it is whole: whoever is killed before
-        // leaves nothing that looks like a damaged one.
+        // Under its own name only when it is whole: a process that is killed
+        // before leaves nothing that looks like a damaged one.
         let making = path.with_extension("arena.new");
         match std::fs::remove_file(&making) {
             Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
@@ -293,8 +293,8 @@ impl Arena {
         }
     }
 
-    /// Gives the room of a step back: no slot of it counts or is lent. The first
-    /// step stays.
+    /// Gives the memory of a step back, of which no slot counts or is pinned. The
+    /// first step stays.
     pub fn give_back(&mut self, step: usize) -> bool {
         let range = self.bytes_of(step);
         if step == 0 || !self.has_room[step] {
@@ -386,13 +386,13 @@ impl Arena {
     /// Writes into a slot that does not count.
     pub fn write(&mut self, slot: u32, at: usize, bytes: &[u8]) {
         let written = self.slots.write(slot, at, bytes);
-        assert!(written, "slot {slot} written while it is lent");
+        assert!(written, "slot {slot} written while it is pinned");
     }
 
     /// Copies a part of a slot into one that does not count.
     pub fn copy(&mut self, from: u32, to: u32, at: usize, len: usize) {
         let copied = self.slots.copy(from, to, at, len);
-        assert!(copied, "slot {to} written while it is lent");
+        assert!(copied, "slot {to} written while it is pinned");
     }
 
     /// A part of a slot, to look at now.

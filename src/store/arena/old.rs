@@ -282,8 +282,8 @@ impl OldArena {
             .map(|slot| (self.slots.word(header(slot)), slot))
             .filter(|(commit, _)| *commit != 0)
             .collect();
-        // The oldest first: whoever is killed in between must not bring an older
-        // one over a newer one.
+        // The oldest first: after a kill in between no older one may be brought
+        // over a newer one.
         if !shadow::fault!("old-arena-retired-by-slot") {
             slots.sort_unstable();
         }

@@ -127,7 +127,7 @@ fn writes_in_flight_and_stamps_are_found_again() {
     // A device has none: what is known stays.
     arena.set_stamp(None);
     assert_eq!(head().stamp, Some(stamp(11, 2)));
-    // The later look counts, whoever had it.
+    // The later look counts, of either process.
     shadow::stamp::tell(&path, &stamp(9, 3)).unwrap();
     assert_eq!(head().stamp, Some(stamp(9, 3)));
     arena.set_stamp(Some(stamp(12, 4)));

@@ -539,7 +539,7 @@ fn a_look_after_every_store_finds_all_that_was_acknowledged() {
         };
         let align = [1, 1024][seed as usize % 2];
         let mut bench = Bench::new(cache(arena, align, 9), &disk);
-        // Of each sector what was acknowledged, and what a write in hand brings.
+        // Of each sector what was acknowledged, and what a write in flight brings.
         let sectors = Rc::new(RefCell::new(vec![(0, 0); SECTORS as usize]));
         let (seen, under) = (Rc::clone(&sectors), Rc::clone(&medium));
         let look = move || {

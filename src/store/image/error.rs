@@ -41,7 +41,7 @@ pub enum ImageTrouble {
     NoDirect,
     /// Another process has it locked, and which, once that was asked.
     Locked(Option<Holder>),
-    /// The block device is in use, and by whom, if that can be told.
+    /// The block device is in use; the user, if it is known.
     Busy(Option<User>),
     /// The block device takes no writes.
     ReadOnlyDevice,

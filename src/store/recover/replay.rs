@@ -15,6 +15,7 @@ use super::error::Discarded;
 use super::record::{self, Left, tell_all};
 use super::removal::{discard, discard_aside, remove, remove_arena, remove_record, set_aside};
 use super::{Doubtful, RecoverError, RecoverTrouble};
+use crate::text::count;
 
 /// The most pieces that sectors may make which the image does not take.
 const UNREPLAYED_MAX: usize = 1024;
@@ -237,10 +238,10 @@ impl<'a> Recovery<'a> {
         );
         for (at, bytes) in &unreplayed[before..] {
             log::error!(
-                "image {}: {} acknowledged sectors from its sector {} on cannot be written; they stay \
+                "image {}: {} from image sector {} on cannot be written; acknowledged, they stay \
                  in the cache, are tried again, and a host may write them anew",
                 image.path().display(),
-                bytes.len() as u64 / SECTOR,
+                count(bytes.len() as u64 / SECTOR, "sector"),
                 at / SECTOR
             );
         }

@@ -18,7 +18,7 @@ pub enum ShadowError {
     Twice(PathBuf, PathBuf),
     /// A record names a shadow that was not given, or another one.
     NotGiven(PathBuf),
-    /// A record names one of another window, which shares sectors with ours;
+    /// A record names one of another exported range, which shares sectors with ours;
     /// the first of them and how many.
     OtherWindow(PathBuf, u64, u64),
     /// A record names a shadow that is not there.
@@ -57,7 +57,7 @@ impl fmt::Display for ShadowError {
             ),
             ShadowError::OtherWindow(path, first, sectors) => write!(
                 f,
-                "shadow {} holds writes to sectors of this export, since another window of the \
+                "shadow {} holds writes to sectors of this export, since another range of the \
                  image is frozen; start with -o {first} -l {sectors} and thaw it first",
                 path.display()
             ),

@@ -33,7 +33,7 @@ pub trait Place: Send + Sync {
     fn create(&self, paths: &Paths, spec: &Spec) -> Result<Shadow<Self::File>, PathError>;
     /// Opens and locks a shadow.
     fn open(&self, path: &Path) -> Result<Shadow<Self::File>, PathError>;
-    /// Gives a shadow the name that says that the image is still.
+    /// Gives a shadow the name that says that the image is quiesced.
     fn appear(&self, paths: &Paths, file: &Self::File) -> io::Result<()>;
     /// Makes PATH another inode; returns why it could not be the marker.
     fn begin_thaw(
@@ -68,7 +68,7 @@ pub trait Place: Send + Sync {
 pub trait ShadowedImage: BlockFile {
     /// What a shadow of it knows it by.
     fn identity(&self) -> io::Result<Identity>;
-    /// The first byte of the window and how many it has.
+    /// The first byte of the exported range and its length.
     fn window(&self) -> (u64, u64);
     /// What the export is now, or why it is none.
     fn bounds(&self) -> Result<Bounds, String>;

@@ -23,8 +23,8 @@ pub(super) struct Record {
 }
 
 impl Record {
-    /// The record of this image and window: the one that is there, if the image
-    /// has another number now, else the one to be made.
+    /// The record of this image and exported range: the one that is there, if the
+    /// image has another number now, else the one to be made.
     pub fn of<F: Files>(
         files: &F,
         state_dir: &Path,
@@ -147,7 +147,7 @@ impl Record {
         };
         let stored = Stored::parse(&text, &self.identity);
         stored.map(|stored| Some(stored.shadow)).ok_or_else(|| {
-            bad("it cannot be read; mend it, or --discard-shadow gives the shadow up".into())
+            bad("it cannot be read; repair it, or --discard-shadow gives the shadow up".into())
         })
     }
 }
@@ -158,7 +158,7 @@ struct Stored {
     /// Of its image; a record does not keep its size and, in version 1, only `a`
     /// and `b`.
     identity: Identity,
-    /// The window.
+    /// The exported range.
     start: u64,
     len: u64,
 }

@@ -631,8 +631,8 @@ fn without_room_a_write_is_dropped_and_the_next_attempt_succeeds() {
         let got = bench.send(SMALL, ALICE, &Ask::write(8 * n - 1, &sectors(2, 2)));
         assert!(matches!(got, Got::Parked), "{got:?}");
     }
-    // Nothing overtakes what its own host has waiting, not even what would have
-    // a place.
+    // Nothing passes what its own host has waiting, not even what would have a
+    // place.
     for (host, lba) in [(ALICE, 0), (ALICE, 60), (BOB, 60)] {
         let write = Ask::write(lba, &sectors(3, 2));
         assert_eq!(bench.dropped(SMALL, host, &write), Dropped::NoRoom);

@@ -152,7 +152,9 @@ fn while_it_thaws_orders_are_refused_and_a_hup_keeps_the_size() {
     order(&target, 1);
     target.wait_for_line("still being merged", soon()).unwrap();
     order(&target, 2);
-    target.wait_for_line("under way already", soon()).unwrap();
+    target
+        .wait_for_line("it is thawing already", soon())
+        .unwrap();
     target.signal(Signal::SIGHUP).unwrap();
     target.wait_for_line("size kept", soon()).unwrap();
     // It waits for the disk, and for nothing else.

@@ -259,8 +259,8 @@ impl Arena {
     }
 }
 
-/// Tells the arenas of the image, those of its other windows, that we have
-/// changed it: their targets must not take that for a stranger's change.
+/// Tells the arenas of the image, those of its other exported ranges, that we have
+/// changed it: their targets must not take that for a foreign change.
 pub fn tell_arenas(directory: &Path, image: &Image) {
     let stamp = Stamp::of(&image.file).ok().flatten();
     let (Some(stamp), Ok(records)) = (stamp, records(directory, ".arena.toml")) else {
