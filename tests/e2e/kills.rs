@@ -13,9 +13,10 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use crate::rig::QUICK;
-use crate::support::{Store, Wire, command, serve, stop};
+use crate::support::{Store, Wire, command, serve, stop, test_factor};
 
-/// How long a sweep goes on, unless AOEDE_KILLS says how often.
+/// How long a sweep goes on, times AOEDE_TEST_FACTOR, unless AOEDE_KILLS says how
+/// often.
 const SWEEP: Duration = Duration::from_secs(7);
 /// The longest a target lives.
 const LIFE: u64 = 60_000;
@@ -40,7 +41,7 @@ impl Sweep {
     fn goes_on(&self) -> bool {
         match self.wanted {
             Some(wanted) => self.kills < wanted,
-            None => self.start.elapsed() < SWEEP,
+            None => self.start.elapsed() < SWEEP * test_factor(),
         }
     }
 }

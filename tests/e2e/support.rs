@@ -82,6 +82,12 @@ impl Store {
     }
 }
 
+/// How many times as much a sweep tries, as `tests/run --long` says.
+pub fn test_factor() -> u32 {
+    let factor = std::env::var("AOEDE_TEST_FACTOR").ok();
+    factor.map_or(1, |factor| factor.parse().expect("a number"))
+}
+
 /// A folder in memory, where there is a place for one.
 pub fn in_memory() -> TempDir {
     let shared = Path::new("/dev/shm");
