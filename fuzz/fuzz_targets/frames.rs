@@ -9,7 +9,7 @@
 
 use std::time::{Duration, Instant};
 
-use aoede::access::{self, Policy, Switch, WireState};
+use aoede::access::{self, Draft, Policy, Switch, WireState};
 use aoede::drive::{self, Limits, Order, Smart};
 use aoede::net::NicId;
 use aoede::session::{Begun, Sessions, Tags};
@@ -30,7 +30,7 @@ const LIMITS: Limits = Limits {
 /// Everything that outlives a frame.
 struct Export {
     policy: Policy,
-    state: WireState,
+    state: Draft<'static>,
     sessions: Sessions,
 }
 
@@ -112,7 +112,7 @@ impl Export {
 fuzz_target!(|input: &[u8]| {
     let mut export = Export {
         policy: Policy::default(),
-        state: WireState::default(),
+        state: Draft::Owned(WireState::default()),
         sessions: Sessions::default(),
     };
     let (mut rest, mut now) = (input, Instant::now());

@@ -2,11 +2,14 @@
 //! rules by which frames change them.
 //!
 //! [`WireState`] is everything a frame can change for good. It is only ever
-//! changed in a copy; the copy becomes the state once it is on disk. [`Policy`]
-//! is what the operator said on the command line, and no frame changes it.
+//! changed in a copy, a [`Draft`]; the copy becomes the state once it is on disk.
+//! [`Policy`] is what the operator said on the command line, and no frame changes
+//! it.
 
 mod set;
 mod text;
+
+use std::borrow::Cow;
 
 use crate::wire::config::{Query, STRING};
 use crate::wire::extensions::Wish;
@@ -34,6 +37,18 @@ pub struct WireState {
     pub write_cache_off: MacSet,
     /// Hosts that have disabled SMART for themselves.
     pub smart_off: MacSet,
+}
+
+/// The state as a request would leave it. Copied with the first change: a request
+/// that changes nothing copies nothing.
+pub type Draft<'a> = Cow<'a, WireState>;
+
+/// Returns the state that a draft holds, if it differs from `before`.
+pub fn changed(draft: Draft<'_>, before: &WireState) -> Option<WireState> {
+    match draft {
+        Cow::Owned(state) if state != *before => Some(state),
+        _ => None,
+    }
 }
 
 impl Default for WireState {
@@ -107,10 +122,21 @@ pub fn is_write_cache_off(state: &WireState, source: MacAddr) -> bool {
 }
 
 /// Carries out a switch for one initiator alone.
-pub fn switch(state: &mut WireState, switch: Switch, initiator: MacAddr) -> Result<(), Full> {
+pub fn switch(state: &mut Draft, switch: Switch, initiator: MacAddr) -> Result<(), Full> {
     let (off, on) = match switch {
-        Switch::WriteCache(on) => (&mut state.write_cache_off, on),
-        Switch::Smart(on) => (&mut state.smart_off, on),
+        Switch::WriteCache(on) => (&state.write_cache_off, on),
+        Switch::Smart(on) => (&state.smart_off, on),
+    };
+    if off.contains(initiator) != on {
+        return Ok(());
+    }
+    if !on && !off.has_room_for(initiator) {
+        return Err(Full);
+    }
+    let state = state.to_mut();
+    let off = match switch {
+        Switch::WriteCache(_) => &mut state.write_cache_off,
+        Switch::Smart(_) => &mut state.smart_off,
     };
     if on {
         off.remove(initiator);
@@ -123,7 +149,7 @@ pub fn switch(state: &mut WireState, switch: Switch, initiator: MacAddr) -> Resu
 /// Carries out a Query/Config request. `longest` is the length of the longest
 /// frame that any NIC of the export can send: a string that no reply could hold
 /// is refused.
-pub fn query(state: &mut WireState, policy: &Policy, query: &Query, longest: usize) -> Verdict {
+pub fn query(state: &mut Draft, policy: &Policy, query: &Query, longest: usize) -> Verdict {
     const BAD: Verdict = Verdict::Refuse(ErrorCode::BadArgument);
     let answer_if = |yes| {
         if yes {
@@ -152,7 +178,7 @@ pub fn query(state: &mut WireState, policy: &Policy, query: &Query, longest: usi
         return BAD;
     }
     if may == Verdict::Answer && state.config != new {
-        state.config = new.to_vec();
+        state.to_mut().config = new.to_vec();
     }
     may
 }
@@ -161,20 +187,21 @@ pub fn query(state: &mut WireState, policy: &Policy, query: &Query, longest: usi
 /// what is wrong with it. `room` is the most entries a reply can list; what
 /// concerns extensions goes to `extend`.
 pub fn edit_masks(
-    state: &mut WireState,
+    state: &mut Draft,
     policy: &Policy,
     directives: Directives,
     room: usize,
     mut extend: impl FnMut(Wish) -> Result<(), MaskError>,
 ) -> Result<(), (u8, MaskError)> {
     for (index, directive) in directives.iter().enumerate() {
-        let list = &mut state.masks;
+        let list = &state.masks;
         let outcome = match directive {
             Directive::Nothing => Ok(()),
             Directive::Unknown | Directive::Extension(None) => Err(MaskError::BadDirective),
             Directive::Extension(Some(wish)) => extend(wish),
+            Directive::Delete(mac) if !list.contains(&mac) => Ok(()),
             Directive::Delete(mac) => {
-                list.retain(|other| *other != mac);
+                state.to_mut().masks.retain(|other| *other != mac);
                 Ok(())
             }
             Directive::Add(mac) if list.contains(&mac) => Ok(()),
@@ -185,7 +212,7 @@ pub fn edit_masks(
             }
             Directive::Add(_) if list.len() >= room.min(LIST_MAX) => Err(MaskError::ListFull),
             Directive::Add(mac) => {
-                list.push(mac);
+                state.to_mut().masks.push(mac);
                 Ok(())
             }
         };
@@ -195,7 +222,7 @@ pub fn edit_masks(
 }
 
 /// Carries out a Reserve/Release request of `asker`.
-pub fn reserve(state: &mut WireState, policy: &Policy, order: &Order, asker: MacAddr) -> Verdict {
+pub fn reserve(state: &mut Draft, policy: &Policy, order: &Order, asker: MacAddr) -> Verdict {
     let macs = match *order {
         Order::Read => return Verdict::Answer,
         Order::Bad => return Verdict::Refuse(ErrorCode::BadArgument),
@@ -207,7 +234,9 @@ pub fn reserve(state: &mut WireState, policy: &Policy, order: &Order, asker: Mac
         }
         Order::Set(macs) | Order::ForceSet(macs) => macs,
     };
-    state.reserved = macs.iter().collect();
+    if !macs.iter().eq(state.reserved.iter().copied()) {
+        state.to_mut().reserved = macs.iter().collect();
+    }
     Verdict::Answer
 }
 
@@ -225,6 +254,21 @@ mod tests {
             config: config.to_vec(),
             ..WireState::default()
         }
+    }
+
+    /// Does something to a state, and returns `true` with it if that needed a copy.
+    fn through<T>(state: &mut WireState, act: impl FnOnce(&mut Draft) -> T) -> (T, bool) {
+        let mut draft = Cow::Borrowed(&*state);
+        let done = act(&mut draft);
+        let owned = match draft {
+            Cow::Borrowed(_) => None,
+            Cow::Owned(new) => Some(new),
+        };
+        let copied = owned.is_some();
+        if let Some(new) = owned {
+            *state = new;
+        }
+        (done, copied)
     }
 
     /// The directives of a mask edit frame.
@@ -247,13 +291,64 @@ mod tests {
         let Command::Mask(crate::wire::mask::Edit::Edit(d)) = request.command else {
             panic!()
         };
-        edit_masks(state, policy, d, room, |_| Ok(()))
+        let before = state.clone();
+        let (outcome, copied) = through(state, |state| {
+            edit_masks(state, policy, d, room, |_| Ok(()))
+        });
+        assert!(copied || *state == before);
+        outcome
+    }
+
+    #[test]
+    fn what_changes_nothing_copies_nothing() {
+        let free = Policy::default();
+        let mut s = state(b"one");
+        s.masks = vec![A];
+        s.reserved = vec![A, B];
+        s.smart_off.insert(A).unwrap();
+        let kept = s.clone();
+        let frame = |macs: &[MacAddr]| {
+            let mut frame = vec![0; 26];
+            frame[12..15].copy_from_slice(&[0x88, 0xA2, 0x10]);
+            (frame[19], frame[24], frame[25]) = (3, 1, macs.len() as u8);
+            frame.extend(macs.iter().flat_map(|mac| mac.0));
+            frame
+        };
+        let same = frame(&[A, B]);
+        let Command::Reserve(same) = Request::parse(&same).unwrap().command else {
+            panic!()
+        };
+        let acts: [&dyn Fn(&mut Draft) -> bool; 11] = [
+            &|s| query(s, &free, &Query::Read, 1514) == Verdict::Answer,
+            &|s| query(s, &free, &Query::Set(Some(b"one")), 1514) == Verdict::Answer,
+            &|s| query(s, &free, &Query::Set(Some(b"two")), 1514) != Verdict::Answer,
+            &|s| query(s, &free, &Query::ForceSet(Some(b"one")), 1514) == Verdict::Answer,
+            &|s| reserve(s, &free, &Order::Read, C) == Verdict::Answer,
+            &|s| reserve(s, &free, &same, A) == Verdict::Answer,
+            &|s| reserve(s, &free, &same, C) == Verdict::Refuse(ErrorCode::TargetReserved),
+            &|s| switch(s, Switch::Smart(false), A).is_ok(),
+            &|s| switch(s, Switch::Smart(true), B).is_ok(),
+            &|s| switch(s, Switch::WriteCache(true), A).is_ok(),
+            &|s| changed(s.clone(), &kept).is_none(),
+        ];
+        for (n, act) in acts.iter().enumerate() {
+            assert_eq!(through(&mut s, act), (true, false), "{n}");
+        }
+        // Of masks: what is there is added, what is not there deleted.
+        let before = s.clone();
+        assert_eq!(edit(&mut s, &free, &[(1, A), (2, B)], 255), Ok(()));
+        assert_eq!(s, before);
+        // And what changes something does.
+        let (outcome, copied) = through(&mut s, |s| switch(s, Switch::Smart(true), A));
+        assert!(copied && outcome.is_ok() && s != kept);
     }
 
     #[test]
     fn config_subcommands_follow_the_table() {
         let free = Policy::default();
-        let ask = |state: &mut WireState, q: Query| query(state, &free, &q, 1514);
+        let ask = |state: &mut WireState, q: Query| {
+            through(state, |state| query(state, &free, &q, 1514)).0
+        };
         let mut s = state(b"");
         assert_eq!(ask(&mut s, Query::Test(Some(b""))), Verdict::Answer);
         assert_eq!(ask(&mut s, Query::Set(Some(b"one"))), Verdict::Answer);
@@ -295,12 +390,15 @@ mod tests {
 
     #[test]
     fn a_string_that_no_reply_could_hold_is_not_set() {
-        let mut s = state(b"");
+        let (mut s, free) = (state(b""), Policy::default());
         let q = Query::ForceSet(Some(&[b'x'; 600]));
         let bad = Verdict::Refuse(ErrorCode::BadArgument);
-        assert_eq!(query(&mut s, &Policy::default(), &q, 631), bad);
+        assert_eq!(through(&mut s, |s| query(s, &free, &q, 631)).0, bad);
         assert_eq!(s.config, b"");
-        assert_eq!(query(&mut s, &Policy::default(), &q, 632), Verdict::Answer);
+        assert_eq!(
+            through(&mut s, |s| query(s, &free, &q, 632)).0,
+            Verdict::Answer
+        );
     }
 
     #[test]
@@ -356,7 +454,7 @@ mod tests {
             let Command::Reserve(order) = request.command else {
                 panic!()
             };
-            reserve(s, policy, &order, asker)
+            through(s, |s| reserve(s, policy, &order, asker)).0
         };
         let free = Policy::default();
         let mut s = state(b"");

@@ -8,7 +8,7 @@ use std::time::Instant;
 
 use super::saves::{Change, Held, Wishes};
 use super::{Action, Arrival, Dropped, NicId, NicInfo, Target};
-use crate::access::{self, Verdict, WireState};
+use crate::access::{self, Draft, Verdict};
 use crate::drive;
 use crate::wire::config::{self, Query, Report};
 use crate::wire::extensions::Wish;
@@ -24,13 +24,14 @@ impl Target {
         request: &Request,
         head: &mut [u8],
     ) -> Action {
-        // What changes nothing is answered now, even while a save is under
-        // way; that is all of discovery.
-        let mut next = self.state.clone();
-        let (len, wishes) = self.apply_frame(&mut next, arrival, request, head);
+        // What changes nothing is answered now, even during a save; that is all
+        // of discovery.
+        let mut draft = Draft::Borrowed(&self.state);
+        let (len, wishes) = self.apply_frame(&mut draft, arrival, request, head);
+        let changes = access::changed(draft, &self.state).is_some();
         // An order is not answered past those before it, which it may undo.
         let must_wait = self.changes.are_waiting() && orders_change(&request.command);
-        if next == self.state && !must_wait {
+        if !changes && !must_wait {
             return match len {
                 _ if !self.grant(arrival.now, arrival.nic, wishes) => Action::Drop(Dropped::NoRoom),
                 0 => Action::Drop(Dropped::Silence),
@@ -52,7 +53,7 @@ impl Target {
     /// length to send, 0 for silence, and what is to be done for its asker.
     pub(super) fn apply_frame(
         &self,
-        state: &mut WireState,
+        state: &mut Draft,
         arrival: &Arrival,
         request: &Request,
         head: &mut [u8],
@@ -87,7 +88,7 @@ impl Target {
             Command::Mask(edit) => {
                 let room = frame_max(info.mtu).saturating_sub(mask::DIRECTIVES) / mask::DIRECTIVE;
                 let mcmd = mask::mcmd(request.frame);
-                let before = state.masks.clone();
+                let before = state.clone();
                 let Arrival { now, nic, .. } = *arrival;
                 let has_room = self.sessions.has_room(now, nic, origin.source);
                 let extend = |wish| match wish {
@@ -115,7 +116,7 @@ impl Target {
                     // Another NIC with longer frames made the list; here it
                     // cannot be told, and what is refused has no effect.
                     Ok(()) if state.masks.len() > room.min(LIST_MAX) => {
-                        state.masks = before;
+                        *state = before;
                         wishes.list.clear();
                         return (self.refuse_mask(head, info, origin, mcmd), wishes);
                     }

@@ -1,6 +1,6 @@
 //! How what requests change is saved.
 //!
-//! A change is made in a copy of the state. If the copy differs, it is saved
+//! A change is made in a copy of the state, a draft. If it differs, it is saved
 //! before anyone sees it or any reply leaves; one save at a time, a few in a
 //! second, and each takes all the changes that came before it. If saving fails
 //! nothing has changed, and those who asked are told so.
@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 
 use super::change_log::ChangeLog;
 use super::{Action, Arrival, Dropped, NicId, Ready, SAVE, Target, What};
-use crate::access::{self, Full, Switch, WireState};
+use crate::access::{self, Draft, Full, Switch, WireState};
 use crate::drive;
 use crate::store::{Queue, Shares};
 use crate::wire::ata::Taskfile;
@@ -68,7 +68,7 @@ pub(super) enum Change {
     Switch(Origin, Taskfile, Switch),
 }
 
-/// A save under way, and whom it makes wait.
+/// A save that has begun, and the initiators that wait for it.
 #[derive(Debug)]
 struct Saving {
     next: WireState,
@@ -263,10 +263,10 @@ impl Target {
         }
     }
 
-    /// Makes all held changes in a copy of the state, and saves it if it
+    /// Makes all held changes in a draft of the state, and saves it if it
     /// differs.
     fn save_held(&mut self, now: Instant) {
-        let mut next = self.state.clone();
+        let mut next: Option<WireState> = None;
         let mut waiting = Vec::new();
         let (mut changes, mut last_by) = (0, MacAddr::BROADCAST);
         let mut head = vec![0; HEAD_MAX];
@@ -283,20 +283,21 @@ impl Target {
                 info,
             };
             let mut wishes = Wishes::none();
-            let before = next.clone();
+            let before = next.as_ref().unwrap_or(&self.state);
+            let mut draft = Draft::Borrowed(before);
             let failed_len = self.refuse_change(&arrival, &held.change, &mut head);
             let failed = head[..failed_len].to_vec();
             let len = match &held.change {
                 Change::Frame(frame) => match Request::parse(frame) {
                     Ok(request) => {
                         let len;
-                        (len, wishes) = self.apply_frame(&mut next, &arrival, &request, &mut head);
+                        (len, wishes) = self.apply_frame(&mut draft, &arrival, &request, &mut head);
                         len
                     }
                     Err(_) => 0,
                 },
                 Change::Switch(origin, taskfile, switch) => {
-                    let outcome = match access::switch(&mut next, *switch, origin.source) {
+                    let outcome = match access::switch(&mut draft, *switch, origin.source) {
                         Ok(()) => drive::SUCCESS,
                         Err(Full) => drive::aborted(taskfile),
                     };
@@ -305,7 +306,8 @@ impl Target {
                     drive::pad_registers(&mut head, taskfile)
                 }
             };
-            if next != before {
+            if let Some(state) = access::changed(draft, before) {
+                next = Some(state);
                 changes += 1;
                 last_by = held.from;
             }
@@ -319,10 +321,11 @@ impl Target {
                 wishes,
             });
         }
-        if next == self.state {
+        // Changes may undo each other.
+        let Some(next) = next.filter(|next| *next != self.state) else {
             self.release(now, waiting, true);
             return;
-        }
+        };
         self.changes.pay(now);
         self.volume
             .save(SAVE, Arc::clone(&self.state_file), next.to_text());
@@ -334,7 +337,7 @@ impl Target {
         });
     }
 
-    /// The save under way has ended.
+    /// The save has ended.
     pub(super) fn saved(&mut self, now: Instant, ok: bool) {
         let Some(saving) = self.changes.saving.take() else {
             return;
