@@ -24,6 +24,12 @@ pub trait Backing: BlockFile {
         false
     }
 
+    /// `true` if [`read_now`](Backing::read_now) would find these bytes, or if that
+    /// is not known. To ask begins no read.
+    fn is_cached(&self, _offset: u64, _len: u64) -> bool {
+        true
+    }
+
     /// Makes these bytes zeros and gives their room back.
     fn discard(&self, _offset: u64, _len: u64) -> io::Result<()> {
         Err(io::ErrorKind::Unsupported.into())
@@ -291,8 +297,14 @@ pub trait Disk {
     fn kick(&mut self) {}
     /// A job that ended, if one has.
     fn reap(&mut self) -> Option<Done>;
-    /// A read answered from memory, or `false` at once.
+    /// A read answered from memory, or `false` at once. The kernel may begin to read
+    /// what is not there.
     fn try_now(&self, buf: &mut [u8], offset: u64) -> bool;
+    /// `true` if [`try_now`](Disk::try_now) would find these bytes, or if that is not
+    /// known. To ask begins no read.
+    fn is_cached(&self, _offset: u64, _len: u64) -> bool {
+        true
+    }
     /// How the image looks to the kernel now; does not wait for the disk.
     fn stamp(&self) -> Option<Stamp> {
         None

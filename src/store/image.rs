@@ -23,7 +23,7 @@ use super::arena::{ImageId, V1Id};
 use super::disk::Backing;
 use super::volume::Bounds;
 use crate::sys::buffer::{Body, Buf, BufSlice};
-use crate::sys::file::{block_device, direct_align, push, read_now};
+use crate::sys::file::{block_device, direct_align, is_cached, push, read_now};
 use crate::sys::lock::{self, Holder, Lock};
 
 pub use error::{ImageError, ImageTrouble};
@@ -396,6 +396,10 @@ impl BlockFile for Image {
 impl Backing for Image {
     fn read_now(&self, buf: &mut [u8], offset: u64) -> bool {
         !self.direct && read_now(&self.file, buf, offset).unwrap_or(false)
+    }
+
+    fn is_cached(&self, offset: u64, len: u64) -> bool {
+        !self.direct && is_cached(&self.file, offset, len)
     }
 
     fn discard(&self, offset: u64, len: u64) -> io::Result<()> {

@@ -161,6 +161,10 @@ impl Disk for Pool {
         self.shared.backing.read_now(buf, offset)
     }
 
+    fn is_cached(&self, offset: u64, len: u64) -> bool {
+        self.shared.backing.is_cached(offset, len)
+    }
+
     fn wake_fd(&self) -> Option<BorrowedFd<'_>> {
         Some(self.shared.event.as_fd())
     }

@@ -514,6 +514,12 @@ impl<P: Place> Backing for ShadowStore<P> {
         file.is_some_and(|file| self.place.read_now(file, buf, offset))
     }
 
+    fn is_cached(&self, offset: u64, len: u64) -> bool {
+        let open = self.open.read();
+        let file = open.as_ref();
+        file.is_some_and(|file| self.place.is_cached(file, offset, len))
+    }
+
     fn write_pieces(&self, pieces: &[Body], offset: u64) -> io::Result<()> {
         self.place
             .write_pieces(self.file()?.as_ref(), pieces, offset)

@@ -238,6 +238,10 @@ impl<R: Ring> Disk for UringDisk<R> {
         self.image.read_now(buf, offset)
     }
 
+    fn is_cached(&self, offset: u64, len: u64) -> bool {
+        self.image.is_cached(offset, len)
+    }
+
     fn wake_fd(&self) -> Option<BorrowedFd<'_>> {
         Some(self.event.as_fd())
     }

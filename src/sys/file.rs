@@ -66,6 +66,50 @@ pub fn read_now(file: &File, buf: &mut [u8], offset: u64) -> io::Result<bool> {
     }
 }
 
+/// The call of Linux 6.5 that counts the pages of a range; the same number for
+/// all processors that we know. libc has no name for it on some of them.
+const CACHESTAT: libc::c_long = 451;
+
+#[repr(C)]
+struct CachestatRange {
+    offset: u64,
+    len: u64,
+}
+
+#[repr(C)]
+#[derive(Default)]
+struct Cachestat {
+    cached: u64,
+    dirty: u64,
+    writeback: u64,
+    evicted: u64,
+    recently_evicted: u64,
+}
+
+/// `true` if the page cache has all of these bytes, or has begun to read them.
+///
+/// To ask reads nothing. [`read_now`] does not wait, but since some version the
+/// kernel begins to read what it has not found. Before Linux 6.5 the kernel does
+/// not tell, and the answer is `true`; it is `false` if the kernel refuses it.
+pub fn is_cached(file: &File, offset: u64, len: u64) -> bool {
+    let range = CachestatRange { offset, len };
+    let mut answer = Cachestat::default();
+    let no_flags: libc::c_uint = 0;
+    // SAFETY: the call reads one and writes the other structure, both ours and laid
+    // out as it wants them.
+    let result = unsafe {
+        let (range, answer) = (&raw const range, &raw mut answer);
+        libc::syscall(CACHESTAT, file.as_raw_fd(), range, answer, no_flags)
+    };
+    if result != 0 {
+        return io::Error::last_os_error().raw_os_error() == Some(libc::ENOSYS);
+    }
+    // SAFETY: takes and returns a number.
+    let page = unsafe { libc::sysconf(libc::_SC_PAGESIZE) }.max(1) as u64;
+    let pages = (offset + len).div_ceil(page) - offset / page;
+    answer.cached >= pages
+}
+
 /// Brings these bytes from the page cache to the disk, and waits for that. It
 /// makes nothing durable, but leaves little to do for the sync behind it. An
 /// error is that of a write, and is reported by no later sync.

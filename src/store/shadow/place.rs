@@ -13,7 +13,7 @@ use super::super::image::{Image, keep_no_access_time, write_pieces};
 use super::super::volume::Bounds;
 use super::ShadowError;
 use crate::sys::buffer::Body;
-use crate::sys::file::{push, read_now};
+use crate::sys::file::{is_cached, push, read_now};
 
 /// The files of shadows and what they are called. The steps are those of
 /// [`shadow::paths`].
@@ -56,6 +56,11 @@ pub trait Place: Send + Sync {
     fn give_back(&self, file: &Self::File, end: u64) -> io::Result<()>;
     /// Fills `buf` if that needs no waiting; `false` if it would.
     fn read_now(&self, file: &Self::File, buf: &mut [u8], offset: u64) -> bool;
+    /// `true` if [`read_now`](Place::read_now) would find these bytes, or if that is
+    /// not known. To ask begins no read.
+    fn is_cached(&self, _file: &Self::File, _offset: u64, _len: u64) -> bool {
+        true
+    }
     /// Writes all of the pieces, one behind the other.
     fn write_pieces(&self, file: &Self::File, pieces: &[Body], offset: u64) -> io::Result<()>;
     /// Writes out what the page cache has of these bytes, and waits for it.
@@ -172,6 +177,10 @@ impl Place for RealPlace {
 
     fn read_now(&self, file: &ShadowFile, buf: &mut [u8], offset: u64) -> bool {
         read_now(file.as_file(), buf, offset).unwrap_or(false)
+    }
+
+    fn is_cached(&self, file: &ShadowFile, offset: u64, len: u64) -> bool {
+        is_cached(file.as_file(), offset, len)
     }
 
     fn write_pieces(&self, file: &ShadowFile, pieces: &[Body], offset: u64) -> io::Result<()> {

@@ -9,7 +9,7 @@ use std::time::Instant;
 use shadow::{Extent, Lba, SECTOR};
 
 use super::super::cache::Presence;
-use super::super::disk::{DiskError, Origin, Part};
+use super::super::disk::{Disk, DiskError, Origin, Part};
 use super::super::fair::{self, Initiator, Passed};
 use super::{Job, Queue, Read, Refused, Token, Under, Volume};
 use crate::sys::buffer::{Body, Buf, BufSlice};
@@ -139,14 +139,21 @@ impl Volume {
             });
             return Ok(Read::Parked);
         }
-        match self.read_memory(extent)? {
+        let must_wait = self.must_wait(now);
+        match self.read_memory(extent, must_wait)? {
             Some(body) => Ok(Read::Ready(body)),
             None => self.read_later(now, token, queue, extent),
         }
     }
 
-    /// Reads what is in the cache or in the page cache.
-    fn read_memory(&mut self, extent: Extent) -> Result<Option<Body>, Refused> {
+    /// `true` if a read that needs the disk has to wait for its turn.
+    fn must_wait(&self, now: Instant) -> bool {
+        !self.reads.is_empty() || self.reading >= self.reads_max(now)
+    }
+
+    /// Reads what is in the cache or in the page cache. If it `must_wait` otherwise,
+    /// the kernel is not made to read anything: what it reads has no turn.
+    fn read_memory(&mut self, extent: Extent, must_wait: bool) -> Result<Option<Body>, Refused> {
         if let Some(body) = self.cache.hit(extent) {
             return Ok(Some(body));
         }
@@ -160,7 +167,7 @@ impl Volume {
         let range = if all_here {
             Some(0..len)
         } else {
-            self.try_now(extent, &mut buf)
+            self.try_now(extent, &mut buf, must_wait)
         };
         let Some(range) = range else {
             self.bufs.put(buf);
@@ -175,12 +182,17 @@ impl Volume {
 
     /// Reads from the page cache if that needs no waiting; says where in `buf`
     /// the data is. A block that was missed lately too is read whole and kept.
-    fn try_now(&mut self, extent: Extent, buf: &mut [u8]) -> Option<std::ops::Range<usize>> {
+    fn try_now(
+        &mut self,
+        extent: Extent,
+        buf: &mut [u8],
+        must_wait: bool,
+    ) -> Option<std::ops::Range<usize>> {
         let block = self.cache.blocks_around(extent);
         let one = block.byte_len() as usize == self.cache.arena().block();
         if one && self.cache.is_wanted_again(extent) && self.is_within(block) {
             let whole = &mut buf[..block.byte_len() as usize];
-            if self.view_now(block.byte_start(), whole) {
+            if self.view_now(block.byte_start(), whole, must_wait) {
                 self.cache.keep(block, whole);
                 let at = (extent.byte_start() - block.byte_start()) as usize;
                 return Some(at..at + extent.byte_len() as usize);
@@ -188,23 +200,27 @@ impl Volume {
             return None;
         }
         let range = 0..extent.byte_len() as usize;
-        self.view_now(extent.byte_start(), &mut buf[range.clone()])
+        self.view_now(extent.byte_start(), &mut buf[range.clone()], must_wait)
             .then_some(range)
     }
 
     /// Reads from wherever the content is, if all of that is in the page cache.
-    fn view_now(&self, mut at: u64, mut buf: &mut [u8]) -> bool {
+    fn view_now(&self, mut at: u64, mut buf: &mut [u8], must_wait: bool) -> bool {
+        let read = |disk: &dyn Disk, buf: &mut [u8], at: u64| {
+            let may = !must_wait || disk.is_cached(at, buf.len() as u64);
+            may && disk.try_now(buf, at)
+        };
         let view = self.view.as_ref().filter(|view| !view.is_plain());
         let (Some(view), Some(side)) = (view, &self.freezing.side) else {
-            return self.disk.try_now(buf, at);
+            return read(&*self.disk, buf, at);
         };
         let end = at + buf.len() as u64;
         while at < end {
             let Part { origin, len } = view.run(at, end);
             let (piece, rest) = buf.split_at_mut(len);
             let here = match origin {
-                Origin::Image(at) => self.disk.try_now(piece, at),
-                Origin::Shadow(at) => side.disk.try_now(piece, at),
+                Origin::Image(at) => read(&*self.disk, piece, at),
+                Origin::Shadow(at) => read(&*side.disk, piece, at),
                 Origin::Zeros => {
                     piece.fill(0);
                     true
@@ -238,8 +254,7 @@ impl Volume {
             return Ok(Read::Parked);
         }
         self.window.asked(now, queue);
-        let may = self.reads.is_empty() && self.reading < self.reads_max(now);
-        if may && !self.free.is_empty() {
+        if !self.must_wait(now) && !self.free.is_empty() {
             self.fill_one(now, token, extent)?;
             return Ok(Read::Parked);
         }
@@ -332,7 +347,7 @@ impl Volume {
             } else if let Some(id) = self.fill_for(extent) {
                 self.join(id, token, extent);
             } else {
-                match self.read_memory(extent) {
+                match self.read_memory(extent, false) {
                     Ok(Some(body)) => self.complete(token, Some(body), true),
                     Ok(None) if self.fill_one(now, || Some(token), extent).is_ok() => {}
                     // There is no memory now.

@@ -4,6 +4,8 @@
 //! The target is the real one, with its loop's turns, a slow disk and a slow
 //! processor of virtual time: every run gives the same numbers.
 
+use std::collections::HashMap;
+
 use super::*;
 use initiator::frame::{Ata, opcode};
 
@@ -28,7 +30,8 @@ const LARGE: u64 = 1 << 17;
 const DISK: Duration = Duration::from_millis(2);
 
 /// A disk that does one thing after the other, in the order in which it was told
-/// so: what it has been given stands before what comes.
+/// so: what it has been given stands before what comes. As with the kernel's page
+/// cache, to look for what is not there begins to read it.
 struct Slow {
     line: Rc<RefCell<Line>>,
 }
@@ -42,6 +45,11 @@ struct Line {
     each: Duration,
     /// Whether reads are answered from the page cache.
     warm: bool,
+    /// Without a page cache.
+    direct: bool,
+    /// Pages of the page cache: when each is there, or was begun to be read for
+    /// longer than this.
+    pages: HashMap<u64, Instant>,
 }
 
 impl Line {
@@ -55,12 +63,31 @@ impl Line {
     }
 }
 
+impl Line {
+    /// Has the disk work for so long after all that it was told; returns when that
+    /// ends.
+    fn takes_until(&mut self, takes: Duration) -> Instant {
+        self.free_at = self.free_at.max(self.now) + takes;
+        self.free_at
+    }
+}
+
 impl Disk for Slow {
     fn submit(&mut self, id: JobId, job: Job) {
         let mut line = self.line.borrow_mut();
-        line.free_at = line.free_at.max(line.now) + line.takes(&job);
-        let ends = line.free_at;
-        line.jobs.push_back((ends, id, job));
+        let begun = match &job {
+            Job::Read { at, .. } => line.pages.get(&(at / 4096)).copied(),
+            _ => None,
+        };
+        let ends = match begun {
+            Some(there) => there.max(line.now),
+            None => {
+                let takes = line.takes(&job);
+                line.takes_until(takes)
+            }
+        };
+        let at = line.jobs.partition_point(|(before, ..)| *before <= ends);
+        line.jobs.insert(at, (ends, id, job));
     }
 
     fn reap(&mut self) -> Option<Done> {
@@ -73,8 +100,23 @@ impl Disk for Slow {
     }
 
     fn try_now(&self, buf: &mut [u8], offset: u64) -> bool {
+        let mut line = self.line.borrow_mut();
+        if line.direct {
+            return false;
+        }
+        let page = offset / 4096;
+        if !line.warm && !line.pages.contains_key(&page) {
+            let each = line.each;
+            let there = line.takes_until(each);
+            line.pages.insert(page, there);
+        }
+        let there = line.pages.get(&page).is_none_or(|there| *there <= line.now);
+        there && line.engine.try_now(buf, offset)
+    }
+
+    fn is_cached(&self, offset: u64, _: u64) -> bool {
         let line = self.line.borrow();
-        line.warm && line.engine.try_now(buf, offset)
+        line.warm || line.pages.contains_key(&(offset / 4096))
     }
 
     fn wake_fd(&self) -> Option<BorrowedFd<'_>> {
@@ -167,6 +209,8 @@ impl Hall {
             jobs: VecDeque::new(),
             each: plan.each,
             warm: plan.warm,
+            direct: plan.direct,
+            pages: HashMap::new(),
         }));
         let disk = Box::new(Slow {
             line: Rc::clone(&line),
