@@ -1091,7 +1091,7 @@ fn a_device_with_another_content_at_its_ends_is_refused() {
         return;
     }
     let bed = Bed::new();
-    let device = Loop::new(&bed.store.image(), 512);
+    let device = Loop::attach(&bed.store.image(), 512).unwrap();
     let command = |extra: &[&str]| {
         Spawn::new(AOEDE)
             .inside(&bed.wire.host)

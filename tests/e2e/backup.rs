@@ -481,8 +481,8 @@ fn a_device_that_a_daemon_serves_is_copied_and_no_other() {
     }
     let (wire, store) = (Wire::new(1500), Store::new(SECTORS));
     fs::copy(store.image(), store.path().join("other.img")).unwrap();
-    let device = Loop::new(&store.image(), 512);
-    let other = Loop::new(&store.path().join("other.img"), 512);
+    let device = Loop::attach(&store.image(), 512).unwrap();
+    let other = Loop::attach(&store.path().join("other.img"), 512).unwrap();
     let stray = Stray::new(&store.path().join("pid"));
     let mut command = Command::new(AOEDED);
     command

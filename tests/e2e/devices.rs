@@ -130,7 +130,7 @@ fn a_sector_written_on_any_device_leaves_its_neighbours() {
     for (size, direct) in [(512, false), (512, true), (4096, false), (4096, true)] {
         let what = format!("{size}, direct {direct}");
         let (lab, store) = (Lab::new(1, 9000), numbered(IMAGE));
-        let device = Loop::new(&store.image(), size);
+        let device = Loop::attach(&store.image(), size).unwrap();
         let options: &[&str] = if direct { &["-d"] } else { &[] };
         let target = serve_path(&lab.host, &store, &device.path, options);
         let mut client = lab.client(0);
@@ -186,7 +186,7 @@ fn a_window_says_how_it_lies_and_direct_io_refuses_what_does_not_fit() {
         return;
     }
     let (lab, store) = (Lab::new(1, 1500), numbered(IMAGE));
-    let device = Loop::new(&store.image(), 4096);
+    let device = Loop::attach(&store.image(), 4096).unwrap();
     let target = serve_path(&lab.host, &store, &device.path, &["-o", "3", "-l", "100"]);
     let mut client = lab.client(0);
     let identify = client.identify().unwrap();
@@ -269,7 +269,7 @@ fn a_device_that_someone_uses_is_refused_by_name_unless_forced() {
         return;
     }
     let (lab, store) = (Lab::new(1, 1500), Store::new(16384));
-    let device = Loop::new(&store.image(), 512);
+    let device = Loop::attach(&store.image(), 512).unwrap();
     {
         let mounted = Mounted::new(&device.path);
         let place = mounted.0.path().display().to_string();
@@ -294,8 +294,8 @@ fn a_device_that_someone_uses_is_refused_by_name_unless_forced() {
             }
         }
     };
-    twice(&Loop::new(&store.image(), 512));
-    twice(&Loop::new(&device.path, 512));
+    twice(&Loop::attach(&store.image(), 512).unwrap());
+    twice(&Loop::attach(&device.path, 512).unwrap());
     // Two readers of a device are no harm to each other.
     let reader = serve_path(&lab.host, &store, &device.path, &["-r"]);
     let second = Store::new(8);
@@ -315,7 +315,7 @@ fn a_file_behind_a_loop_device_is_served_with_a_warning() {
         return;
     }
     let (lab, store) = (Lab::new(1, 1500), Store::new(IMAGE));
-    let device = Loop::new(&store.image(), 512);
+    let device = Loop::attach(&store.image(), 512).unwrap();
     let said = served_path(&lab, &store, &store.image(), &[]);
     let name = device.path.to_str().unwrap();
     let told = |l: &String| l.contains("warning") && l.contains(name) && l.contains("losetup -d");
@@ -371,7 +371,7 @@ fn a_device_that_is_mounted_is_refused_and_a_read_only_one_explained() {
     }
     let (lab, store) = (Lab::new(1, 1500), Store::new(16_384));
     sh(&format!("mkfs.ext4 -q {}", store.image().display()));
-    let device = Loop::new(&store.image(), 512);
+    let device = Loop::attach(&store.image(), 512).unwrap();
     let before = fs::read(store.image()).unwrap();
     let mount = format!(
         "mount -o ro {} /mnt && echo mounted && exec sleep 1000",
@@ -432,7 +432,7 @@ fn a_device_that_grew_is_measured_again() {
         return;
     }
     let (lab, store) = (Lab::new(1, 1500), Store::new(IMAGE));
-    let device = Loop::new(&store.image(), 512);
+    let device = Loop::attach(&store.image(), 512).unwrap();
     let target = serve_path(&lab.host, &store, &device.path, &[]);
     let mut client = lab.listener(0);
     sh(&format!(
@@ -486,7 +486,7 @@ fn what_lies_behind_the_new_end_of_an_image_is_dropped() {
 
     // A device refuses what lies behind its end, and is well when that is gone.
     let store = Store::new(IMAGE);
-    let device = Loop::new(&store.image(), 512);
+    let device = Loop::attach(&store.image(), 512).unwrap();
     let options = ["--set", "idle_flush=1"];
     let mut target = serve_path(&lab.host, &store, &device.path, &options);
     let mut client = lab.listener(0);
@@ -551,7 +551,7 @@ fn trim_makes_zeros_on_files_and_devices_and_gives_the_room_back() {
     }
     for (size, options) in [(512, &[][..]), (4096, &[]), (4096, &["-d"])] {
         let (lab, store) = (Lab::new(1, 9000), numbered(IMAGE));
-        let device = Loop::new(&store.image(), size);
+        let device = Loop::attach(&store.image(), size).unwrap();
         let target = serve_path(&lab.host, &store, &device.path, options);
         trims(&mut lab.client(0), &format!("loop {size} {options:?}"));
         stop(target);
@@ -816,7 +816,7 @@ fn a_slow_read_keeps_nobody_else_waiting() {
     const AT_ONCE: Duration = Duration::from_millis(1500);
     // A block device always has a page cache, and an empty one at first.
     let (lab, store) = (Lab::new(2, 1500), numbered(65_536));
-    let device = Loop::new(&store.image(), 512);
+    let device = Loop::attach(&store.image(), 512).unwrap();
     let mut target = Spawn::new(AOEDE)
         .inside(&lab.host)
         .args(["1", "1", "tgt0", "tgt1", "--set", "disk_threads=1"])
@@ -889,7 +889,7 @@ fn direct_io_on_a_filesystem_of_large_sectors_keeps_neighbours() {
         return;
     }
     let (lab, store) = (Lab::new(1, 1500), Store::new(65_536));
-    let device = Loop::new(&store.image(), 4096);
+    let device = Loop::attach(&store.image(), 4096).unwrap();
     let source = numbered(1024);
     sh(&format!("mkfs.ext4 -q {}", device.path.display()));
     let start = |size: u64| {

@@ -57,7 +57,7 @@ fn a_stop_on_a_slow_device_brings_everything_to_it() {
     const AMOUNT: usize = 28;
     for direct in [false, true] {
         let (lab, store) = (Lab::new(1, 9000), Store::new(32 * MIB as u64 / 512));
-        let device = Loop::new(&store.image(), 512);
+        let device = Loop::attach(&store.image(), 512).unwrap();
         let throttle = Throttle::new(&device, 4 * MIB);
         // All of it takes longer than that.
         let mut options = vec![

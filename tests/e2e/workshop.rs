@@ -19,6 +19,8 @@ use initiator::lab::{Deadline, Namespace, Need, Process, Spawn, Veth, wait_until
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
+pub use initiator::lab::Loop;
+
 use crate::support::{AOEDE, Store};
 
 /// How long to wait for what is due at once, on a machine that is busy.
@@ -635,39 +637,6 @@ pub fn trouble(target: &Process, expressions: &[&str]) -> Process {
     let mut strace = spawn.start().unwrap();
     strace.wait_for_line("attached", soon()).unwrap();
     strace
-}
-
-/// A loop device on a file.
-pub struct Loop {
-    /// Its path.
-    pub path: PathBuf,
-}
-
-impl Loop {
-    /// What loop devices need.
-    pub const NEEDS: [Need<'static>; 3] = [
-        Need::Network,
-        Need::Program("losetup"),
-        Need::Path("/dev/loop-control"),
-    ];
-
-    /// One with sectors of so many bytes.
-    pub fn new(file: &Path, sector: usize) -> Loop {
-        let name = sh(&format!(
-            "losetup --find --show --sector-size {sector} {}",
-            file.display()
-        ));
-        Loop { path: name.into() }
-    }
-}
-
-impl Drop for Loop {
-    fn drop(&mut self) {
-        let detached = Command::new("losetup").arg("-d").arg(&self.path).status();
-        if !detached.is_ok_and(|status| status.success()) {
-            eprintln!("{} is left behind", self.path.display());
-        }
-    }
 }
 
 /// A loop device over a file, under a number of our choice or the next free.

@@ -45,7 +45,7 @@ fn a_device_is_frozen_and_thawed_whatever_its_blocks_are() {
     for (sector, options, offset) in cases {
         println!("sectors of {sector}, {options:?}");
         let bed = Bed::new();
-        let device = Loop::new(&bed.store.image(), sector);
+        let device = Loop::attach(&bed.store.image(), sector).unwrap();
         let raw = std::fs::File::open(&device.path).unwrap();
         let on_device = |lba: usize, sectors: usize| {
             let mut bytes = vec![0; sectors * 512];

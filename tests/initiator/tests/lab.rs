@@ -16,7 +16,7 @@ use initiator::engine::faults::Rates;
 use initiator::engine::model::{Initial, Model};
 use initiator::engine::{Block, Engine, Op, Order, Plan};
 use initiator::frame::{Ata, Frame, opcode};
-use initiator::lab::{self, Deadline, Namespace, Need, Process, Spawn, Tap, Veth};
+use initiator::lab::{self, Deadline, Loop, Namespace, Need, Process, SlowDisk, Spawn, Tap, Veth};
 use initiator::port::Receive;
 use nix::sys::signal::Signal;
 
@@ -360,4 +360,38 @@ fn namespaces_are_entered_and_taken_away() {
     }));
     assert_eq!(panicked.unwrap_err().downcast_ref(), Some(&"inside"));
     assert!(!handle.exists());
+}
+
+#[test]
+fn a_slow_disk_does_one_thing_after_the_other_and_keeps_what_it_gets() {
+    use std::os::unix::fs::FileExt;
+    let needs = [&Loop::NEEDS[..], &[SlowDisk::NEED]].concat();
+    if !lab::require("a slow disk", &needs) {
+        return;
+    }
+    const EACH: Duration = Duration::from_millis(20);
+    let dir = tempfile::tempdir().unwrap();
+    let image = tempfile::tempfile().unwrap();
+    image.set_len(8 << 20).unwrap();
+    let mount_point = dir.path().join("slow");
+    let disk = SlowDisk::new(image.try_clone().unwrap(), &mount_point, 512).unwrap();
+    assert!(!mount_point.exists());
+    let options = std::fs::File::options()
+        .read(true)
+        .write(true)
+        .open(disk.path());
+    let device = options.unwrap();
+    disk.set_pace(EACH);
+    let (start, mut sector) = (Instant::now(), [0; 512]);
+    for n in 0..5 {
+        // Far enough from each other that nothing is read ahead.
+        device.read_exact_at(&mut sector, n << 20).unwrap();
+    }
+    assert!(start.elapsed() >= 5 * EACH, "{:?}", start.elapsed());
+    device.write_all_at(&[7; 512], 3 << 20).unwrap();
+    let start = Instant::now();
+    device.sync_all().unwrap();
+    assert!(start.elapsed() >= 2 * EACH, "a write and a flush");
+    image.read_exact_at(&mut sector, 3 << 20).unwrap();
+    assert_eq!(sector, [7; 512]);
 }

@@ -4,11 +4,13 @@
 //! too. Nothing waits by sleeping for luck: [`wait_until`] asks again and again
 //! until a deadline.
 
+mod disk;
 mod namespace;
 mod process;
 mod requirements;
 mod wait;
 
+pub use disk::{Loop, SlowDisk};
 pub use namespace::{Namespace, Tap, Veth};
 pub use process::{Process, Spawn, ended_by, pin};
 pub use requirements::{Need, missing, require};

@@ -2,6 +2,7 @@
 
 mod answer;
 mod compare;
+mod fairness;
 mod inner;
 mod load;
 mod table;
@@ -29,6 +30,8 @@ enum Command {
     Answer(answer::Arguments),
     /// Compares aoede, vblade and bare memory on one image
     Compare(compare::Arguments),
+    /// Measures what a polite initiator gets beside a hostile one
+    Fairness(fairness::Arguments),
     /// Measures checksums and the tag window, without a network
     Inner(inner::Arguments),
 }
@@ -39,6 +42,7 @@ fn main() -> ExitCode {
         Command::Run(arguments) => load::run(&arguments, &stop),
         Command::Answer(arguments) => answer::run(&arguments, &stop),
         Command::Compare(arguments) => compare::run(&arguments, &stop),
+        Command::Fairness(arguments) => fairness::run(&arguments, &stop),
         Command::Inner(arguments) => {
             inner::run(&arguments);
             Ok(())

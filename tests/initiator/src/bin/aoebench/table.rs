@@ -100,7 +100,8 @@ impl Table {
     }
 }
 
-fn median(values: &[f64]) -> Option<f64> {
+/// Returns the median, of at least one value.
+pub(crate) fn median(values: &[f64]) -> Option<f64> {
     let mut sorted = values.to_vec();
     sorted.sort_by(f64::total_cmp);
     let middle = sorted.len() / 2;
