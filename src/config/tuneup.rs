@@ -192,6 +192,9 @@ const KEYS: [(&str, Kind); 23] = [
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Place {
     CommandLine,
+    /// A file that cannot be read.
+    Path(PathBuf),
+    /// A line of a file.
     File(PathBuf, usize),
 }
 
@@ -214,6 +217,7 @@ impl fmt::Display for TuneupError {
         match &self.place {
             Place::CommandLine => write!(f, "--set: {}", self.what),
             Place::File(path, line) => write!(f, "{}:{line}: {}", path.display(), self.what),
+            Place::Path(path) => write!(f, "--tuneup {}: {}", path.display(), self.what),
         }
     }
 }
@@ -259,7 +263,7 @@ impl Tuneup {
     /// Takes the values that a file names.
     pub fn load(&mut self, path: &Path) -> Result<(), TuneupError> {
         let text = std::fs::read_to_string(path).map_err(|e| TuneupError {
-            place: Place::File(path.to_owned(), 1),
+            place: Place::Path(path.to_owned()),
             what: format!("cannot be read: {e}"),
         })?;
         self.read(&text, path)
@@ -413,6 +417,16 @@ fn distance(a: &str, b: &str) -> usize {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_file_that_cannot_be_read_is_named_without_a_line() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("none.toml");
+        let error = Tuneup::default().load(&path).unwrap_err();
+        let start = format!("--tuneup {}: cannot be read: ", path.display());
+        assert!(error.to_string().starts_with(&start), "{error}");
+        assert!(!error.is_usage());
+    }
 
     #[test]
     fn the_file_of_defaults_names_every_key_and_says_why() {

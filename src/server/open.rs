@@ -32,7 +32,7 @@ pub(super) fn open(options: &Options) -> Result<Export, ServeError> {
     let address = options.address;
     let tuneup = options.tuneup.clone();
     if address.shelf.0 == SHELF_LINUX_IGNORES {
-        log::warn!("shelf {SHELF_LINUX_IGNORES}: the Linux driver ignores it; choose another");
+        log::warn!("{address}: the Linux driver ignores this shelf; choose another");
     }
     let port_options = PortOptions {
         address,

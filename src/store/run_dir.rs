@@ -66,15 +66,18 @@ impl fmt::Display for RunDirError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "run directory {}: ", self.path.display())?;
         match &self.why {
-            RunDirTrouble::NotADirectory => f.write_str("it is no directory")?,
+            RunDirTrouble::NotADirectory => f.write_str("it is no directory; move it away")?,
             RunDirTrouble::OtherOwner(uid) => write!(
                 f,
-                "it belongs to user {uid}, who could read and change what hosts write"
+                "it belongs to user {uid}, who could read and change what hosts write; correct its \
+                 owner"
             )?,
-            RunDirTrouble::Open => f.write_str("everyone may write in it")?,
-            RunDirTrouble::System(e) => write!(f, "{e}")?,
+            RunDirTrouble::Open => {
+                f.write_str("everyone may write in it; correct its permissions")?
+            }
+            RunDirTrouble::System(e) => return write!(f, "{e}; name another --run-dir"),
         }
-        f.write_str("; correct its owner and permissions, or name another --run-dir")
+        f.write_str(", or name another --run-dir")
     }
 }
 
@@ -246,7 +249,7 @@ mod tests {
         symlink(dir.path(), &link).unwrap();
         for path in [&file, &file.join("below"), &link] {
             let said = refused(path);
-            assert!(said.contains("no directory"), "{said}");
+            assert!(said.contains("is no directory; move it away"), "{said}");
         }
         let run = dir.path().join("run");
         fs::create_dir(&run).unwrap();

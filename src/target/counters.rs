@@ -2,6 +2,8 @@
 
 use std::fmt;
 
+use crate::text::count;
+
 /// Why a frame got no answer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Dropped {
@@ -90,11 +92,12 @@ impl fmt::Display for Counters {
         let (read, written) = (self.sectors_read, self.sectors_written);
         write!(
             f,
-            "{} requests, {read} sectors read, {written} written",
-            self.requests
+            "{}, {} read, {written} written",
+            count(self.requests, "request"),
+            count(read, "sector")
         )?;
         if self.duplicate_writes > 0 {
-            write!(f, ", {} duplicate writes", self.duplicate_writes)?;
+            write!(f, ", {}", count(self.duplicate_writes, "duplicate write"))?;
         }
         let mut lead = "; dropped: ";
         for (why, name) in REASONS {
@@ -124,7 +127,9 @@ mod tests {
             "0 requests, 0 sectors read, 0 written; dropped: 1 masked"
         );
         counters.duplicate_writes = 3;
+        (counters.requests, counters.sectors_read) = (1, 1);
         let text = counters.to_string();
         assert!(text.contains(" written, 3 duplicate writes; dropped: "));
+        assert!(text.starts_with("1 request, 1 sector read, 0 written"));
     }
 }

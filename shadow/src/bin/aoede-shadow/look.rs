@@ -295,7 +295,7 @@ pub fn check(path: &Path, image: Option<&Path>) -> Result<ExitCode, Trouble> {
     }
     if fine {
         say(&format!(
-            "shadow {}: header and {} bitmap pages are whole, {}",
+            "shadow {}: header and all bitmap pages ({}) are whole, {}",
             path.display(),
             report.pages,
             match image {
