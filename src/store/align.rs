@@ -56,6 +56,16 @@ pub(super) fn write(backing: &dyn Backing, at: u64, data: &mut BufSlice) -> io::
     backing.write_at(&data.buf[..whole], start)
 }
 
+/// Writes bytes that are in no buffer of the disk's.
+pub(super) fn put(backing: &dyn Backing, bytes: &[u8], at: u64) -> io::Result<()> {
+    let align = backing.align();
+    let start = (at % align as u64) as usize;
+    let mut buf = Buf::new(bytes.len() + 2 * align)?;
+    let range = start..start + bytes.len();
+    buf[range.clone()].copy_from_slice(bytes);
+    write(backing, at, &mut BufSlice { buf, range })
+}
+
 /// Reads and forgets.
 pub(super) fn verify(backing: &dyn Backing, at: u64, len: usize) -> io::Result<()> {
     let (start, whole) = around(at, len, backing.align());

@@ -22,7 +22,7 @@ use super::align;
 use super::arena::{ImageId, V1Id};
 use super::disk::Backing;
 use super::volume::Bounds;
-use crate::sys::buffer::{Body, Buf, BufSlice};
+use crate::sys::buffer::{Body, Buf};
 use crate::sys::file::{block_device, direct_align, is_cached, push, read_now};
 use crate::sys::lock::{self, Holder, Lock};
 
@@ -297,12 +297,7 @@ impl Image {
                 "it is open read-only; start it once without -r",
             ));
         }
-        let align = self.align as usize;
-        let start = (at % align as u64) as usize;
-        let mut buf = Buf::new(bytes.len() + 2 * align)?;
-        let range = start..start + bytes.len();
-        buf[range.clone()].copy_from_slice(bytes);
-        align::write(self, at, &mut BufSlice { buf, range })
+        align::put(self, bytes, at)
     }
 
     /// Reads bytes anywhere, aligned or not, before anything is served.

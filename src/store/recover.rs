@@ -14,6 +14,7 @@ mod find;
 mod record;
 mod removal;
 mod replay;
+mod runs;
 
 use std::fs;
 use std::io;

@@ -7,6 +7,7 @@
 
 use std::fs::{self, File};
 use std::io::Write;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -53,6 +54,23 @@ impl Bed {
             &["tgt0"],
             &Bed::options(extra),
         )
+    }
+
+    /// A target of another image.
+    fn serve_on(&self, image: &str, extra: &[&str]) -> Process {
+        let mut target = Spawn::new(AOEDE)
+            .inside(&self.wire.host)
+            .args(Bed::options(extra))
+            .args(["1", "1", "tgt0", image, "--state-dir"])
+            .arg(self.store.state())
+            .arg("--run-dir")
+            .arg(self.store.run())
+            .start()
+            .unwrap();
+        target
+            .wait_for_line(": e1.1, ", Deadline::seconds(30))
+            .unwrap();
+        target
     }
 
     /// A target under strace, which does this to its calls; what strace writes
@@ -918,6 +936,64 @@ const HELD: [&str; 4] = [
     "--set",
     "max_dirty_age=600000",
 ];
+
+#[test]
+fn a_bad_sector_that_only_a_sync_shows_keeps_no_other_from_being_recovered() {
+    let needs = [
+        Need::Network,
+        Need::Program("mount"),
+        Need::Program("losetup"),
+        Need::Path("/dev/loop-control"),
+    ];
+    if !lab::require("bad sectors behind the page cache", &needs) {
+        return;
+    }
+    let (good, bad) = (100, 8000);
+    let data = |fill: u8, sectors: usize| vec![fill; sectors * 512];
+    let (bed, disk) = (Bed::new(), Memory::new("2M"));
+    // The holes of a file on a full filesystem are bad sectors of a device on it.
+    let file = disk.path().join("disk.img");
+    fs::write(&file, vec![0; 256 << 10]).unwrap();
+    let sparse = File::options().write(true).open(&file).unwrap();
+    sparse.set_len(8 << 20).unwrap();
+    let device = Loop::new(&file, "512");
+    let mut target = bed.serve_on(&device.0, &HELD);
+    let mut client = bed.wire.client();
+    client.write_many(good, &data(1, 40)).unwrap();
+    client.write_many(bad, &data(2, 8)).unwrap();
+    client.write_many(good + 60, &data(3, 8)).unwrap();
+    target.kill().unwrap();
+    let mut filler = File::create(disk.path().join("filler")).unwrap();
+    while filler.write_all(&[1; 4096]).is_ok() {}
+    let mut target = bed.serve_on(&device.0, &HELD);
+    let said = target.output().join("\n");
+    for part in [
+        "48 acknowledged sectors (24 KiB)",
+        "8 sectors from image sector 8000 on",
+    ] {
+        assert!(said.contains(part), "{said}");
+    }
+    let image = |first: u64, sectors: usize| {
+        let mut bytes = vec![0; sectors * 512];
+        let file = File::open(&file).unwrap();
+        file.read_exact_at(&mut bytes, first * 512).unwrap();
+        bytes
+    };
+    assert!(image(good, 40) == data(1, 40) && image(good + 60, 8) == data(3, 8));
+    assert!(image(bad, 8) == data(0, 8));
+    // They are dirty in the new cache, whatever the page cache says of them, and
+    // are tried again once more.
+    let mut client = bed.wire.client();
+    assert!(client.read_many(bad, 8).unwrap() == data(2, 8));
+    assert!(client.read_many(good, 40).unwrap() == data(1, 40));
+    target.kill().unwrap();
+    fs::remove_file(disk.path().join("filler")).unwrap();
+    drop(filler);
+    stop(bed.serve_on(&device.0, &[]));
+    assert!(image(bad, 8) == data(2, 8));
+    assert!(image(good, 40) == data(1, 40) && image(good + 60, 8) == data(3, 8));
+    assert_eq!(files(&bed.store.arenas(), ""), [] as [PathBuf; 0]);
+}
 
 #[test]
 fn a_bad_sector_keeps_no_other_from_being_recovered() {

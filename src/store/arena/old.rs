@@ -336,23 +336,28 @@ impl OldArena {
             })
     }
 
-    /// Hands out each run of sectors that may not be where it belongs: its
+    /// Returns each run of sectors that may not be where it belongs: its
     /// generation, the offset in the image, the bytes. Older generations come
     /// first, and of each the sectors in the order of their places.
-    pub fn replay<E>(
-        &self,
-        mut write: impl FnMut(u64, u64, &[u8]) -> Result<(), E>,
-    ) -> Result<(), E> {
-        for version in &self.dirty {
-            for (first, count) in runs(version.bits) {
+    pub fn runs(&self) -> impl Iterator<Item = (u64, u64, &[u8])> {
+        self.dirty.iter().flat_map(move |version| {
+            runs(version.bits).map(move |(first, count)| {
                 let at = first as usize * SECTOR as usize;
                 let len = count as usize * SECTOR as usize;
                 let bytes = self.slots.bytes(version.slot, at, len);
                 let place = version.block * self.head.block as u64 + at as u64;
-                write(version.generation, place, bytes)?;
-            }
-        }
-        Ok(())
+                (version.generation, place, bytes)
+            })
+        })
+    }
+
+    /// Hands out the same, until that fails.
+    pub fn replay<E>(
+        &self,
+        mut write: impl FnMut(u64, u64, &[u8]) -> Result<(), E>,
+    ) -> Result<(), E> {
+        self.runs()
+            .try_for_each(|(generation, at, bytes)| write(generation, at, bytes))
     }
 }
 

@@ -14,11 +14,10 @@ use super::changed::{Change, Seen};
 use super::error::Discarded;
 use super::record::{self, Left, tell_all};
 use super::removal::{discard, discard_aside, remove, remove_arena, remove_record, set_aside};
+use super::runs::{Piece, Writer, is_bad_sector};
 use super::{Doubtful, RecoverError, RecoverTrouble};
 use crate::text::count;
 
-/// The most pieces that sectors may make which the image does not take.
-const UNREPLAYED_MAX: usize = 1024;
 /// How long an arena that someone holds is asked for again.
 const LOCK_PATIENCE: Duration = Duration::from_secs(2);
 const LOCK_RETRY: Duration = Duration::from_millis(20);
@@ -27,8 +26,8 @@ const LOCK_RETRY: Duration = Duration::from_millis(20);
 /// of the new cache.
 #[derive(Debug, Default)]
 pub struct Unreplayed {
-    /// Offset in the image, and the bytes, in the order in which they count.
-    pub pieces: Vec<(u64, Vec<u8>)>,
+    /// Offset in the image, and the bytes; no two share a sector.
+    pub pieces: Vec<Piece>,
     /// The arenas that hold them until then.
     pub(super) arenas: Vec<(OldArena, Left)>,
 }
@@ -94,23 +93,32 @@ impl<'a> Recovery<'a> {
                 path: left.arena.clone(),
                 why,
             };
-            let before = unreplayed.pieces.len();
+            let before = unreplayed.pieces.clone();
             match self.replay(&old, &left.arena, &mut unreplayed.pieces) {
                 Ok(()) => {}
                 Err(why)
                     if self.doubt == Doubtful::Discard
                         && why.discarded() == Discarded::SetAside =>
                 {
-                    unreplayed.pieces.truncate(before);
+                    unreplayed.pieces = before;
                     discard_aside(&left)?;
                     continue;
                 }
                 Err(why) => return Err(fail(why)),
             }
             unreplayed.arenas.push((old, left));
-            if unreplayed.pieces.len() == before && before == 0 {
+            if unreplayed.pieces.is_empty() {
                 std::mem::take(&mut unreplayed).settle()?;
             }
+        }
+        for (at, bytes) in &unreplayed.pieces {
+            log::error!(
+                "image {}: {} from image sector {} on cannot be written; acknowledged, they stay in \
+                 the cache, are tried again, and a host may write them anew",
+                self.image.path().display(),
+                count(bytes.len() as u64 / SECTOR, "sector"),
+                at / SECTOR
+            );
         }
         Ok(unreplayed)
     }
@@ -202,7 +210,7 @@ impl<'a> Recovery<'a> {
         &mut self,
         old: &OldArena,
         path: &Path,
-        unreplayed: &mut Vec<(u64, Vec<u8>)>,
+        unreplayed: &mut Vec<Piece>,
     ) -> Result<(), RecoverTrouble> {
         let (image, shadow) = (self.image, &mut self.shadow);
         let (place, fail) = match shadow {
@@ -212,39 +220,30 @@ impl<'a> Recovery<'a> {
             ),
             None => ("the image", RecoverTrouble::Replay as fn(io::Error) -> _),
         };
-        let before = unreplayed.len();
         // A change of the image is ours from here on.
         let note = || old.note_replay(real_time());
-        let room = self.room;
-        let plain = |at, bytes: &[u8]| write_or_keep(image, at, bytes, unreplayed, room);
+        let mut writer = Writer::new(image, unreplayed, self.room);
+        let plain = |at, bytes: &[u8]| writer.write(at, bytes);
         let below = Unaligned(image);
-        let brought = bring(old, &below, shadow.as_deref_mut(), note, plain);
-        let kept = bytes_of(unreplayed);
-        if is_too_much(unreplayed, room) {
-            return Err(RecoverTrouble::TooManyBad(kept / SECTOR));
+        let mut brought = bring(old, &below, shadow.as_deref_mut(), note, plain);
+        if shadow.is_none() && matches!(&brought, Err(e) if is_bad_sector(e)) {
+            let runs: Vec<_> = old.runs().map(|(_, at, bytes)| (at, bytes)).collect();
+            brought = writer.write_apart(&runs, note).and_then(|()| image.sync());
+        }
+        if let Some(sectors) = writer.too_many() {
+            return Err(RecoverTrouble::TooManyBad(sectors));
         }
         brought.map_err(fail)?;
+        let done = old.sectors() - writer.bad();
         if let Some(stamp) = image.stamp().map_err(fail)? {
             tell_all(self.peers.iter().map(PathBuf::as_path), &stamp);
         }
-        let sectors = old.sectors();
-        let bad = bytes_of(&unreplayed[before..]) / SECTOR;
-        let done = sectors - bad;
         log::warn!(
-            "a target of this image died: {done} acknowledged sectors ({} KiB) brought to {place} \
-             from {}",
+            "a target of this image died: {} ({} KiB) brought to {place} from {}",
+            count(done, "acknowledged sector"),
             done * SECTOR / 1024,
             path.display()
         );
-        for (at, bytes) in &unreplayed[before..] {
-            log::error!(
-                "image {}: {} from image sector {} on cannot be written; acknowledged, they stay \
-                 in the cache, are tried again, and a host may write them anew",
-                image.path().display(),
-                count(bytes.len() as u64 / SECTOR, "sector"),
-                at / SECTOR
-            );
-        }
         Ok(())
     }
 }
@@ -286,52 +285,4 @@ fn open_patiently(path: &Path) -> Result<OldArena, ArenaTrouble> {
             opened => return opened,
         }
     }
-}
-
-fn bytes_of(pieces: &[(u64, Vec<u8>)]) -> u64 {
-    pieces.iter().map(|(_, bytes)| bytes.len() as u64).sum()
-}
-
-/// Whether these pieces are more than the new cache may keep in `room` bytes.
-fn is_too_much(pieces: &[(u64, Vec<u8>)], room: u64) -> bool {
-    pieces.len() > UNREPLAYED_MAX || bytes_of(pieces) > room
-}
-
-/// Writes a run of sectors; those that the disk does not take are kept. Fails
-/// when too many are, so that a dead disk is not asked for each of its sectors.
-fn write_or_keep(
-    image: &Image,
-    at: u64,
-    bytes: &[u8],
-    kept: &mut Vec<(u64, Vec<u8>)>,
-    room: u64,
-) -> io::Result<()> {
-    match image.write_unaligned(bytes, at) {
-        Err(e) if is_bad_sector(&e) => {}
-        written => return written,
-    }
-    for (n, sector) in bytes.chunks(SECTOR as usize).enumerate() {
-        let at = at + n as u64 * SECTOR;
-        match image.write_unaligned(sector, at) {
-            Err(e) if is_bad_sector(&e) => match kept.last_mut() {
-                Some((first, run)) if *first + run.len() as u64 == at => {
-                    run.extend_from_slice(sector);
-                }
-                _ => kept.push((at, sector.to_vec())),
-            },
-            written => written?,
-        }
-    }
-    match is_too_much(kept, room) {
-        true => Err(io::ErrorKind::Other.into()),
-        false => Ok(()),
-    }
-}
-
-/// Whether an error concerns a place of the disk, and not all of it.
-fn is_bad_sector(e: &io::Error) -> bool {
-    matches!(
-        e.raw_os_error(),
-        Some(libc::EIO | libc::ENODATA | libc::EILSEQ | libc::EREMOTEIO)
-    )
 }
