@@ -342,6 +342,12 @@ impl Image {
         }
     }
 
+    /// Brings all that was written to it so far to stable storage, also what other
+    /// processes wrote.
+    pub fn sync_all(&self) -> io::Result<()> {
+        self.file.sync_all()
+    }
+
     /// Tries a discard where it changes nothing: behind the end of a file. A
     /// device says in sysfs whether it can.
     fn probe_discard(&self) -> bool {

@@ -149,6 +149,7 @@ pub fn prepare(
             unreplayed,
         });
     }
+    sync_before_serving(image)?;
     let made = match arenas {
         Ok((_, arenas)) => make(&arenas, boot, image, block, options).map_err(|e| {
             let place = arenas.display();
@@ -182,6 +183,16 @@ pub fn prepare(
             })
         }
     }
+}
+
+/// Brings to stable storage what was written before this start: a target without an
+/// arena may have died. Of what then cannot be written no copy is left, and a later
+/// sync would not name it any more.
+fn sync_before_serving(image: &Image) -> Result<(), RecoverError> {
+    image.sync_all().map_err(|e| RecoverError {
+        path: image.path().to_owned(),
+        why: RecoverTrouble::Unsynced(e),
+    })
 }
 
 type ArenaDirectory = Result<(RunDir, PathBuf), (PathBuf, RunDirError)>;

@@ -56,17 +56,22 @@ impl Bed {
         )
     }
 
-    /// A target of another image.
-    fn serve_on(&self, image: &str, extra: &[&str]) -> Process {
-        let mut target = Spawn::new(AOEDE)
+    /// A start with another image and run directory.
+    fn start_on(&self, image: &str, run_dir: &Path, extra: &[&str]) -> Process {
+        Spawn::new(AOEDE)
             .inside(&self.wire.host)
             .args(Bed::options(extra))
             .args(["1", "1", "tgt0", image, "--state-dir"])
             .arg(self.store.state())
             .arg("--run-dir")
-            .arg(self.store.run())
+            .arg(run_dir)
             .start()
-            .unwrap();
+            .unwrap()
+    }
+
+    /// A target of another image.
+    fn serve_on(&self, image: &str, extra: &[&str]) -> Process {
+        let mut target = self.start_on(image, self.store.run(), extra);
         target
             .wait_for_line(": e1.1, ", Deadline::seconds(30))
             .unwrap();
@@ -703,6 +708,13 @@ impl Memory {
         Memory(dir)
     }
 
+    /// Leaves no room in it until the file `filler` is removed and closed.
+    fn fill(&self) -> File {
+        let mut filler = File::create(self.path().join("filler")).unwrap();
+        while filler.write_all(&[1; 4096]).is_ok() {}
+        filler
+    }
+
     /// Where it is mounted.
     pub fn path(&self) -> &Path {
         self.0.path()
@@ -937,6 +949,62 @@ const HELD: [&str; 4] = [
     "max_dirty_age=600000",
 ];
 
+/// A file and a loop device over it, of which only the first 256 KiB can be written
+/// while its filesystem is full.
+fn half_a_disk(disk: &Memory) -> (PathBuf, Loop) {
+    let file = disk.path().join("disk.img");
+    fs::write(&file, vec![0; 256 << 10]).unwrap();
+    let sparse = File::options().write(true).open(&file).unwrap();
+    sparse.set_len(8 << 20).unwrap();
+    let device = Loop::new(&file, "512");
+    (file, device)
+}
+
+#[test]
+fn what_a_target_without_an_arena_left_is_synced_before_anything_is_served() {
+    let needs = [
+        Need::Network,
+        Need::Program("mount"),
+        Need::Program("losetup"),
+        Need::Path("/dev/loop-control"),
+    ];
+    if !lab::require("unsynced writes at a start", &needs) {
+        return;
+    }
+    let (good, bad) = (100, 8000);
+    let nowhere = Path::new("/proc/aoede");
+    for with_arena in [false, true] {
+        let (bed, disk) = (Bed::new(), Memory::new("2M"));
+        let (_, device) = half_a_disk(&disk);
+        // So that the kernel keeps what it has of the device.
+        let _open = File::open(&device.0).unwrap();
+        let _filler = disk.fill();
+        let mut target = bed.start_on(&device.0, nowhere, &HELD);
+        target
+            .wait_for_line(": e1.1, ", Deadline::seconds(20))
+            .unwrap();
+        let mut client = bed.wire.client();
+        client.write(good, &[1; 512]).unwrap();
+        client.write(bad, &[2; 512]).unwrap();
+        target.kill().unwrap();
+        let run = bed.store.run();
+        let run_dir = if with_arena { run } else { nowhere };
+        // The kernel says once that it could not write something.
+        let mut refused = bed.start_on(&device.0, run_dir, &HELD);
+        let status = refused.wait(Deadline::seconds(20)).unwrap();
+        let said = refused.output().join("\n");
+        assert_eq!(status.code(), Some(1), "{said}");
+        let why = format!("image {}: what was written to it before", device.0);
+        assert!(said.contains(&why), "{said}");
+        let mut target = bed.start_on(&device.0, run_dir, &HELD);
+        target
+            .wait_for_line(": e1.1, ", Deadline::seconds(20))
+            .unwrap();
+        assert_eq!(bed.wire.client().read(good, 1).unwrap(), [1; 512]);
+        target.kill().unwrap();
+    }
+}
+
 #[test]
 fn a_bad_sector_that_only_a_sync_shows_keeps_no_other_from_being_recovered() {
     let needs = [
@@ -951,20 +1019,14 @@ fn a_bad_sector_that_only_a_sync_shows_keeps_no_other_from_being_recovered() {
     let (good, bad) = (100, 8000);
     let data = |fill: u8, sectors: usize| vec![fill; sectors * 512];
     let (bed, disk) = (Bed::new(), Memory::new("2M"));
-    // The holes of a file on a full filesystem are bad sectors of a device on it.
-    let file = disk.path().join("disk.img");
-    fs::write(&file, vec![0; 256 << 10]).unwrap();
-    let sparse = File::options().write(true).open(&file).unwrap();
-    sparse.set_len(8 << 20).unwrap();
-    let device = Loop::new(&file, "512");
+    let (file, device) = half_a_disk(&disk);
     let mut target = bed.serve_on(&device.0, &HELD);
     let mut client = bed.wire.client();
     client.write_many(good, &data(1, 40)).unwrap();
     client.write_many(bad, &data(2, 8)).unwrap();
     client.write_many(good + 60, &data(3, 8)).unwrap();
     target.kill().unwrap();
-    let mut filler = File::create(disk.path().join("filler")).unwrap();
-    while filler.write_all(&[1; 4096]).is_ok() {}
+    let filler = disk.fill();
     let mut target = bed.serve_on(&device.0, &HELD);
     let said = target.output().join("\n");
     for part in [

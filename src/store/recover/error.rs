@@ -54,6 +54,8 @@ pub enum RecoverTrouble {
     /// The image does not take some of its sectors, and no new arena can be made to
     /// keep them; why.
     NoArena(String),
+    /// What was written to the image before this start does not reach the disk.
+    Unsynced(io::Error),
     /// Nothing in it is needed any more, and it cannot be removed.
     Remove(io::Error),
 }
@@ -87,6 +89,7 @@ impl RecoverTrouble {
             | RecoverTrouble::Record(_)
             | RecoverTrouble::InUse
             | RecoverTrouble::NoArena(_)
+            | RecoverTrouble::Unsynced(_)
             | RecoverTrouble::Remove(_) => Discarded::Not,
         }
     }
@@ -158,6 +161,13 @@ impl fmt::Display for RecoverError {
                 f,
                 "arena {path}: the image does not take some of its sectors, which only an arena can \
                  keep: {why}; make room for one, or name another --run-dir"
+            ),
+            RecoverTrouble::Unsynced(e) => write!(
+                f,
+                "image {path}: what was written to it before this start cannot be brought to \
+                 the disk: {e}; acknowledged writes of a target without an arena may be lost; \
+                 check the disk, and start again to serve what it holds (with -r, if it takes no \
+                 writes)"
             ),
             RecoverTrouble::Remove(e) => write!(
                 f,
