@@ -26,6 +26,7 @@ struct Scene {
 
 fn options(folder: &Path, doubt: Doubtful) -> ArenaOptions {
     ArenaOptions {
+        export: "e1.1".into(),
         state_dir: folder.join("state"),
         run_dir: Some(folder.join("run")),
         cache_size: 256 << 10,

@@ -26,7 +26,7 @@ pub enum ServeError {
     /// Another process of this machine has our address on this interface.
     Claimed(Address, String, Option<Holder>),
     /// What a target that died has left.
-    Recover(RecoverError),
+    Recover(Address, RecoverError),
     /// The cache has no room for acknowledged sectors that the image does not
     /// take.
     CacheTooSmall,
@@ -75,7 +75,7 @@ impl fmt::Display for ServeError {
                      (--shared-address serves anyway)"
                 )
             }
-            ServeError::Recover(e) => write!(f, "{e}"),
+            ServeError::Recover(address, e) => write!(f, "{address}: {e}"),
             ServeError::CacheTooSmall => f.write_str(
                 "cache_size is too small for the acknowledged sectors that the image does not \
                  take; raise it; they are kept",

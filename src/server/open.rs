@@ -108,13 +108,14 @@ pub(super) fn open(options: &Options) -> Result<Export, ServeError> {
     let disk =
         disk(address, &image, &tuneup, &event).map_err(system("starting the disk engine"))?;
     let arena_options = ArenaOptions {
+        export: address.to_string(),
         state_dir: options.state_dir.clone(),
         run_dir: options.run_dir.clone(),
         cache_size: tuneup.cache_size,
         doubt: options.doubtful_arena,
     };
-    let mut prepared =
-        prepare(&image, &arena_options, shadow.as_mut()).map_err(ServeError::Recover)?;
+    let mut prepared = prepare(&image, &arena_options, shadow.as_mut())
+        .map_err(|e| ServeError::Recover(address, e))?;
     if !is_new {
         claims = take_address(options, &nics).inspect_err(|_| {
             // Nothing is in the arena yet. The refusal is the error to tell.
@@ -165,7 +166,10 @@ pub(super) fn open(options: &Options) -> Result<Export, ServeError> {
     if !volume.restore(Instant::now(), &prepared.unreplayed.pieces) {
         return Err(ServeError::CacheTooSmall);
     }
-    prepared.unreplayed.settle().map_err(ServeError::Recover)?;
+    prepared
+        .unreplayed
+        .settle()
+        .map_err(|e| ServeError::Recover(address, e))?;
     let settings = Settings {
         address,
         buffers: options.buffers,

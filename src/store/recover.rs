@@ -51,6 +51,8 @@ const ARENAS: &str = "arena";
 /// Where an arena is kept, and how large.
 #[derive(Clone, Debug)]
 pub struct ArenaOptions {
+    /// Name of the export in log lines, such as `e1.1`.
+    pub export: String,
     /// Where the records are.
     pub state_dir: PathBuf,
     /// Where the arena goes; otherwise memory that lives until the next boot.
@@ -116,13 +118,17 @@ pub fn prepare(
         Ok((run_dir, _)) => run_dir.path(),
         Err((path, _)) => path,
     };
-    let mut found = record::all(&options.state_dir, &id)?;
+    let mut found = record::all(&options.export, &options.state_dir, &id)?;
     for left in &mut found {
         left.correct();
     }
-    orphans(&[run_dir, &run_dir.join(ARENAS)], &mut found);
+    orphans(
+        &options.export,
+        &[run_dir, &run_dir.join(ARENAS)],
+        &mut found,
+    );
     let block = block_bytes(image, shadow.as_deref());
-    let (ours, peers) = sort(found, image, &id, boot, options.doubt)?;
+    let (ours, peers) = sort(found, image, &id, boot, options)?;
     let heads: Vec<Head> = ours
         .iter()
         .chain(&peers)
@@ -130,6 +136,7 @@ pub fn prepare(
         .filter_map(|left| Head::read(&left.arena).ok())
         .collect();
     let mut recovery = Recovery {
+        export: &options.export,
         image,
         shadow,
         id,
@@ -171,8 +178,9 @@ pub fn prepare(
         }),
         Err(why) => {
             log::warn!(
-                "{why}: writes go through to the image before they are acknowledged, which is \
-                 slower; --run-dir and --state-dir name other places"
+                "{}: {why}: writes go through to the image before they are acknowledged, which is \
+                 slower; --run-dir and --state-dir name other places",
+                options.export
             );
             let arena = anonymous(&options.state_dir, block, options.cache_size)?;
             Ok(Prepared {
@@ -223,8 +231,9 @@ fn make(
 ) -> io::Result<(Arena, Record)> {
     if !is_memory(directory) {
         log::warn!(
-            "{} is no memory filesystem: every write goes to its disk as well; --run-dir names \
+            "{}: {} is no memory filesystem: every write goes to its disk as well; --run-dir names \
              another place",
+            options.export,
             directory.display()
         );
     }
@@ -234,7 +243,8 @@ fn make(
     if bytes > free / 2 {
         bytes = free / 2;
         log::warn!(
-            "cache of {} MiB instead of {}: {} has no more room",
+            "{}: cache of {} MiB instead of {}: {} has no more room",
+            options.export,
             bytes >> 20,
             options.cache_size >> 20,
             directory.display()
@@ -255,7 +265,7 @@ fn make(
         arena.set_content(len, content_of(image, id.start, len));
     }
     let image = fs::canonicalize(image.path()).unwrap_or_else(|_| image.path().to_owned());
-    let written = Record::write(&record, &path, &image, boot, &id).map_err(|e| {
+    let written = Record::write(&options.export, &record, &path, &image, boot, &id).map_err(|e| {
         // Without its record it must not be used; the error is told.
         let _ = fs::remove_file(&path);
         let kept = options.state_dir.display();

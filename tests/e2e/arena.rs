@@ -93,6 +93,7 @@ impl Bed {
         assert_eq!(self.wire.client().read_many(1000, 40).unwrap(), data(40));
         let output = said(&mut target, "40 acknowledged sectors (20 KiB)");
         assert!(output.contains("brought to the image"), "{output}");
+        assert!(output.contains("e1.1: a target of this"), "{output}");
         stop(target);
         self.whole();
         self.nothing_left();
@@ -107,6 +108,7 @@ impl Bed {
             let said = self.refused(&[]);
             assert!(said.contains(why), "no '{why}' in: {said}");
             assert!(said.contains("--discard-arena"), "no remedy in: {said}");
+            assert!(said.contains(": e1.1: arena "), "no export in: {said}");
         }
         let target = self.start(&["--discard-arena"]);
         assert!(
@@ -115,6 +117,7 @@ impl Bed {
         );
         let said = stop(target).join("\n");
         assert!(said.contains("given up, as told"), "{said}");
+        assert!(said.contains("e1.1: arena "), "{said}");
         self.nothing_left();
     }
 

@@ -9,10 +9,11 @@ use super::super::arena::{Head, ImageId, OldArena};
 use super::super::image::Image;
 use super::record::{ARENA, Left};
 use super::removal::discard;
-use super::{Doubtful, RecoverError, RecoverTrouble};
+use super::{ArenaOptions, Doubtful, RecoverError, RecoverTrouble};
+use crate::text::count;
 
 /// Adds the arenas in these directories that no record speaks of.
-pub(super) fn orphans(directories: &[&Path], found: &mut Vec<Left>) {
+pub(super) fn orphans(export: &str, directories: &[&Path], found: &mut Vec<Left>) {
     let real = |path: &Path| fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
     for directory in directories {
         let files = fs::read_dir(directory).into_iter().flatten().flatten();
@@ -25,7 +26,7 @@ pub(super) fn orphans(directories: &[&Path], found: &mut Vec<Left>) {
             match Head::read(&path) {
                 Ok(head) => found.push(Left::orphan(path, &head)),
                 // Nobody has told of it, and it is nothing that we know.
-                Err(e) => log::warn!("arena {}: {e}; it is passed over", path.display()),
+                Err(e) => log::warn!("{export}: arena {}: {e}; it is passed over", path.display()),
             }
         }
     }
@@ -38,7 +39,7 @@ pub(super) fn sort(
     image: &Image,
     id: &ImageId,
     boot: [u64; 2],
-    doubt: Doubtful,
+    options: &ArenaOptions,
 ) -> Result<(Vec<Left>, Vec<Left>), RecoverError> {
     let (mut ours, mut peers) = (Vec::new(), Vec::new());
     let path = fs::canonicalize(image.path()).unwrap_or_else(|_| image.path().to_owned());
@@ -55,7 +56,7 @@ pub(super) fn sort(
             // Not left by anyone: its process serves another image.
             Verdict::Doubt(_) if Head::is_live(&left.arena) => {}
             Verdict::Doubt(why) if same_boot && left.overlaps(id) && sectors(&left) != Some(0) => {
-                match doubt {
+                match options.doubt {
                     Doubtful::Refuse => {
                         return Err(RecoverError {
                             path: left.arena.clone(),
@@ -66,11 +67,11 @@ pub(super) fn sort(
                             },
                         });
                     }
-                    Doubtful::Discard => discard(&left)?,
+                    Doubtful::Discard => discard(&options.export, &left)?,
                     Doubtful::Replay => ours.push(left),
                 }
             }
-            Verdict::Other | Verdict::Doubt(_) => tell_if_lost(&left, same_boot),
+            Verdict::Other | Verdict::Doubt(_) => tell_if_lost(&options.export, &left, same_boot),
         }
     }
     // A newer one may hold what one before it could not bring to the disk.
@@ -92,7 +93,7 @@ fn describe(left: &Left) -> String {
 }
 
 /// Names an arena of a process that died, whose image is not there any more.
-fn tell_if_lost(left: &Left, same_boot: bool) {
+fn tell_if_lost(export: &str, left: &Left, same_boot: bool) {
     let Some(image) = left.image.as_deref().filter(|_| same_boot) else {
         return;
     };
@@ -103,9 +104,10 @@ fn tell_if_lost(left: &Left, same_boot: bool) {
         return;
     };
     log::warn!(
-        "arena {}: {sectors} acknowledged sectors of an image that is not there now ({}); start \
-         with that image to bring them there, or remove arena and record to discard them",
+        "{export}: arena {}: {} of an image that is not there now ({}); start with that image to \
+         bring them there, or remove arena and record to discard them",
         left.arena.display(),
+        count(sectors, "acknowledged sector"),
         describe(left)
     );
 }

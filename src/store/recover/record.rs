@@ -135,7 +135,7 @@ pub(super) fn free_paths(id: &ImageId, arenas: &Path, records: &Path) -> (PathBu
 
 /// All records, those of the image `id` and of others. One that cannot be read
 /// is passed over with a warning, unless its name says that it is of this image.
-pub(super) fn all(directory: &Path, id: &ImageId) -> Result<Vec<Left>, RecoverError> {
+pub(super) fn all(export: &str, directory: &Path, id: &ImageId) -> Result<Vec<Left>, RecoverError> {
     let fail = |path: &Path, what: String| RecoverError {
         path: path.to_owned(),
         why: RecoverTrouble::Record(what),
@@ -172,7 +172,7 @@ pub(super) fn all(directory: &Path, id: &ImageId) -> Result<Vec<Left>, RecoverEr
             ));
         }
         log::warn!(
-            "arena record {}: it cannot be read, and is passed over, being of another image",
+            "{export}: arena record {}: it cannot be read, and is passed over, being of another image",
             path.display()
         );
     }
@@ -182,6 +182,7 @@ pub(super) fn all(directory: &Path, id: &ImageId) -> Result<Vec<Left>, RecoverEr
 /// The record of our own arena.
 #[derive(Debug)]
 pub struct Record {
+    export: String,
     path: PathBuf,
     id: ImageId,
     boot: [u64; 2],
@@ -190,6 +191,7 @@ pub struct Record {
 impl Record {
     /// Puts it on stable storage.
     pub(super) fn write(
+        export: &str,
         path: &Path,
         arena: &Path,
         image: &Path,
@@ -220,6 +222,7 @@ impl Record {
         fs::create_dir_all(directory)?;
         replace_text(&RealFiles, path, &table.to_string())?;
         Ok(Record {
+            export: export.to_owned(),
             path: path.to_owned(),
             id: *id,
             boot,
@@ -233,13 +236,17 @@ impl Record {
         let lock = File::open(directory)
             .and_then(|d| Ok(Flock::lock(d, FlockArg::LockExclusive).map_err(|(_, e)| e)?));
         if let Ok(Some(stamp)) = image.stamp() {
-            let others = all(directory, &self.id).unwrap_or_default();
+            let others = all(&self.export, directory, &self.id).unwrap_or_default();
             let others = others.iter().filter(|left| {
                 left.boot == self.boot
                     && left.record.as_deref() != Some(&self.path)
                     && left.origin.compare(&self.id, true) == Verdict::Same
             });
-            tell_all(others.map(|left| left.arena.as_path()), &stamp);
+            tell_all(
+                &self.export,
+                others.map(|left| left.arena.as_path()),
+                &stamp,
+            );
         }
         let removed = remove(&self.path);
         drop(lock);
@@ -248,11 +255,11 @@ impl Record {
 }
 
 /// Tells arenas that the change of the image is none of a stranger.
-pub(super) fn tell_all<'a>(arenas: impl Iterator<Item = &'a Path>, stamp: &Stamp) {
+pub(super) fn tell_all<'a>(export: &str, arenas: impl Iterator<Item = &'a Path>, stamp: &Stamp) {
     for arena in arenas {
         match tell(arena, stamp) {
             Err(e) if e.kind() != io::ErrorKind::NotFound => log::warn!(
-                "arena {}: it cannot be told that the image was changed ({e}), and may be refused \
+                "{export}: arena {}: it cannot be told that the image was changed ({e}), and may be refused \
                  for that; --replay-arena says that the image is the right one",
                 arena.display()
             ),
@@ -281,8 +288,8 @@ mod tests {
         };
         let path = dir.path().join("state/x.arena.toml");
         let arena = Path::new("/run/a.arena");
-        Record::write(&path, arena, Path::new("/disk \"1\""), [1, 2], &id).unwrap();
-        let records = all(path.parent().unwrap(), &id).unwrap();
+        Record::write("e1.1", &path, arena, Path::new("/disk \"1\""), [1, 2], &id).unwrap();
+        let records = all("e1.1", path.parent().unwrap(), &id).unwrap();
         let [left] = &records[..] else {
             panic!("{records:?}")
         };

@@ -7,21 +7,22 @@ use std::io;
 use super::super::arena::OldArena;
 use super::record::{self, Left};
 use super::{RecoverError, RecoverTrouble};
+use crate::text::count;
 
 /// Discards what an arena holds, as the operator said.
-pub(super) fn discard(left: &Left) -> Result<(), RecoverError> {
-    log::warn!("arena {} given up, as told", left.arena.display());
+pub(super) fn discard(export: &str, left: &Left) -> Result<(), RecoverError> {
+    log::warn!("{export}: arena {} given up, as told", left.arena.display());
     remove(left)
 }
 
 /// Sets an arena aside that the operator gives up, though nothing is wrong with
 /// it: the image does not take what it holds.
-pub(super) fn discard_aside(left: &Left) -> Result<(), RecoverError> {
+pub(super) fn discard_aside(export: &str, left: &Left) -> Result<(), RecoverError> {
     let aside = left.arena.with_extension("arena.discarded");
     remove_record(left)?;
     fs::rename(&left.arena, &aside).map_err(cannot_remove(left))?;
     log::warn!(
-        "arena {} given up, as told; it is {} now",
+        "{export}: arena {} given up, as told; it is {} now",
         left.arena.display(),
         aside.display()
     );
@@ -56,19 +57,20 @@ fn cannot_remove(left: &Left) -> impl Fn(io::Error) -> RecoverError + '_ {
 
 /// Memory of another boot is gone, or on a disk and out of date: the kernel had
 /// written some of it back, and not the rest.
-pub(super) fn set_aside(left: &Left) {
+pub(super) fn set_aside(export: &str, left: &Left) {
     let held = OldArena::open(&left.arena).map(|arena| arena.sectors());
     let aside = left.arena.with_extension("arena.old");
     let moved = fs::rename(&left.arena, &aside).is_ok();
     match held {
         Ok(sectors) if moved => log::warn!(
-            "the machine went down while this image was served: {sectors} sectors that may \
-             not be on it are set aside in {}",
+            "{export}: the machine went down while this image was served: {} that may not be on \
+             it are set aside in {}",
+            count(sectors, "sector"),
             aside.display()
         ),
         _ => log::warn!(
-            "the machine went down while this image was served: writes of the last seconds \
-             before may be missing"
+            "{export}: the machine went down while this image was served: writes of the last \
+             seconds before may be missing"
         ),
     }
 }

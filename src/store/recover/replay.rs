@@ -47,6 +47,7 @@ impl Unreplayed {
 
 /// What a start finds of its own image.
 pub(super) struct Recovery<'a> {
+    pub export: &'a str,
     pub image: &'a Image,
     pub shadow: Option<&'a mut FoundShadow>,
     pub id: ImageId,
@@ -80,8 +81,8 @@ impl<'a> Recovery<'a> {
             match self.check(left.clone()) {
                 Ok(found) => checked.extend(found),
                 Err(why) if self.doubt == Doubtful::Discard => match why.discarded() {
-                    Discarded::Removed => discard(&left)?,
-                    Discarded::SetAside => discard_aside(&left)?,
+                    Discarded::Removed => discard(self.export, &left)?,
+                    Discarded::SetAside => discard_aside(self.export, &left)?,
                     Discarded::Not => return Err(fail(why)),
                 },
                 Err(why) => return Err(fail(why)),
@@ -101,7 +102,7 @@ impl<'a> Recovery<'a> {
                         && why.discarded() == Discarded::SetAside =>
                 {
                     unreplayed.pieces = before;
-                    discard_aside(&left)?;
+                    discard_aside(self.export, &left)?;
                     continue;
                 }
                 Err(why) => return Err(fail(why)),
@@ -113,8 +114,9 @@ impl<'a> Recovery<'a> {
         }
         for (at, bytes) in &unreplayed.pieces {
             log::error!(
-                "image {}: {} from image sector {} on cannot be written; acknowledged, they stay in \
+                "{}: image {}: {} from image sector {} on cannot be written; acknowledged, they stay in \
                  the cache, are tried again, and a host may write them anew",
+                self.export,
                 self.image.path().display(),
                 count(bytes.len() as u64 / SECTOR, "sector"),
                 at / SECTOR
@@ -127,7 +129,7 @@ impl<'a> Recovery<'a> {
     /// if there is nothing to replay in it.
     fn check(&self, left: Left) -> Result<Option<Checked<'a>>, RecoverTrouble> {
         if left.boot != self.boot {
-            set_aside(&left);
+            set_aside(self.export, &left);
             if let Some(record) = &left.record {
                 record::remove(record).map_err(|e| RecoverTrouble::Record(e.to_string()))?;
             }
@@ -146,9 +148,10 @@ impl<'a> Recovery<'a> {
         }
         if old.head.boot != self.boot {
             log::warn!(
-                "arena {} is of another boot and passed over; it held {} sectors",
+                "{}: arena {} is of another boot and passed over; it held {}",
+                self.export,
                 left.arena.display(),
-                old.sectors()
+                count(old.sectors(), "sector")
             );
         }
         if old.head.boot != self.boot || old.sectors() == 0 {
@@ -183,8 +186,9 @@ impl<'a> Recovery<'a> {
             Some(now) => match self.seen.judge(&now) {
                 Change::None => {}
                 Change::Touched => log::warn!(
-                    "arena {}: name, owner or permissions of the image were changed after the \
+                    "{}: arena {}: name, owner or permissions of the image were changed after the \
                      target died, but not its content; replayed",
+                    self.export,
                     path.display()
                 ),
                 Change::Foreign => return Err(RecoverTrouble::Changed),
@@ -236,10 +240,11 @@ impl<'a> Recovery<'a> {
         brought.map_err(fail)?;
         let done = old.sectors() - writer.bad();
         if let Some(stamp) = image.stamp().map_err(fail)? {
-            tell_all(self.peers.iter().map(PathBuf::as_path), &stamp);
+            tell_all(self.export, self.peers.iter().map(PathBuf::as_path), &stamp);
         }
         log::warn!(
-            "a target of this image died: {} ({} KiB) brought to {place} from {}",
+            "{}: a target of this image died: {} ({} KiB) brought to {place} from {}",
+            self.export,
             count(done, "acknowledged sector"),
             done * SECTOR / 1024,
             path.display()
