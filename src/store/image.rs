@@ -35,6 +35,11 @@ const LOCK_PATIENCE: Duration = Duration::from_secs(2);
 const LOCK_RETRY: Duration = Duration::from_millis(20);
 /// Alignment of direct I/O where the kernel does not tell it.
 const DIRECT_DEFAULT: u32 = 4096;
+/// The most bytes of a file that one call discards. A process that is killed ends only
+/// when the call does, and the call may change the times of the file last. That must
+/// be within the two seconds after the last heartbeat in which a start takes it for
+/// ours.
+const DISCARD_MAX: u64 = 64 << 20;
 /// The largest block: 64 sectors, a bit for each in a word.
 const ALIGN_MAX: u32 = 64 * SECTOR as u32;
 
@@ -368,6 +373,23 @@ impl Image {
             .is_ok()
     }
 
+    /// Discards what one call may.
+    fn discard_piece(&self, offset: u64, len: u64) -> io::Result<()> {
+        match self.punch(offset, len, FallocateFlags::FALLOC_FL_PUNCH_HOLE) {
+            // What was announced is zeros; a device that cannot unmap this
+            // range can still write them.
+            Err(e) if e.kind() == io::ErrorKind::Unsupported => {
+                match self.punch(offset, len, FallocateFlags::FALLOC_FL_ZERO_RANGE) {
+                    // Only what a shadow brings from another time or filesystem
+                    // comes here.
+                    Err(e) if e.kind() == io::ErrorKind::Unsupported => self.zero(offset, len),
+                    result => result,
+                }
+            }
+            result => result,
+        }
+    }
+
     fn punch(&self, offset: u64, len: u64, how: FallocateFlags) -> io::Result<()> {
         let flags = how | FallocateFlags::FALLOC_FL_KEEP_SIZE;
         Ok(fallocate(&self.file, flags, offset as i64, len as i64)?)
@@ -404,19 +426,13 @@ impl Backing for Image {
     }
 
     fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
-        match self.punch(offset, len, FallocateFlags::FALLOC_FL_PUNCH_HOLE) {
-            // What was announced is zeros; a device that cannot unmap this
-            // range can still write them.
-            Err(e) if e.kind() == io::ErrorKind::Unsupported => {
-                match self.punch(offset, len, FallocateFlags::FALLOC_FL_ZERO_RANGE) {
-                    // Only what a shadow brings from another time or filesystem
-                    // comes here.
-                    Err(e) if e.kind() == io::ErrorKind::Unsupported => self.zero(offset, len),
-                    result => result,
-                }
-            }
-            result => result,
-        }
+        // A device keeps no times.
+        let most = if self.is_device {
+            u64::MAX
+        } else {
+            DISCARD_MAX
+        };
+        pieces(offset, len, most).try_for_each(|(at, len)| self.discard_piece(at, len))
     }
 
     fn write_pieces(&self, pieces: &[Body], offset: u64) -> io::Result<()> {
@@ -602,6 +618,18 @@ fn identity(metadata: &std::fs::Metadata, is_device: bool, window: Window) -> u6
         digest.update(&number.to_le_bytes());
     }
     digest.finalize()
+}
+
+/// The pieces of `len` bytes from `offset` on that end at multiples of `most`: offset,
+/// bytes.
+fn pieces(offset: u64, len: u64, most: u64) -> impl Iterator<Item = (u64, u64)> {
+    let (mut at, end) = (offset, offset.saturating_add(len));
+    std::iter::from_fn(move || {
+        let next = (at / most + 1).saturating_mul(most).min(end);
+        let piece = (at, next - at);
+        at = next;
+        (piece.1 > 0).then_some(piece)
+    })
 }
 
 /// Writes all of the pieces, one behind the other.

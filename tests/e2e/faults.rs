@@ -18,6 +18,7 @@ use initiator::frame::{Frame, Reply};
 use initiator::lab::{self, Deadline, Need, Process, Spawn, wait_until};
 use tempfile::TempDir;
 
+use crate::devices::trim;
 use crate::rig::{QUICK, SOON};
 use crate::support::{AOEDE, Store, Wire, files, serve, stop};
 
@@ -499,6 +500,40 @@ fn what_a_long_sync_covers_goes_to_the_disk_in_slices_before_it() {
     for n in 0..30 {
         assert!(bytes[n * MIB..][..MIB].iter().all(|byte| *byte == n as u8));
     }
+}
+
+#[test]
+fn a_long_discard_is_done_in_calls_that_end_soon() {
+    const MIB: usize = 1 << 20;
+    if !lab::require("calls of a long TRIM", &TRACED) {
+        return;
+    }
+    let bed = Bed::new();
+    let image = File::options().write(true).open(bed.store.image()).unwrap();
+    image.set_len(512 * MIB as u64).unwrap();
+    let log = bed.store.path().join("log");
+    let target = bed.trace(&log, &["trace=fallocate".to_owned()], &[]);
+    let mut client = bed.wire.client();
+    let probes = fs::read_to_string(&log).unwrap().lines().count();
+    // Ranges that join to one of 256 MiB, which begins inside a piece.
+    let first = 10_000;
+    let ranges: Vec<_> = (0..8).map(|n| (first + n * 65_535, 65_535)).collect();
+    assert_eq!(outcome(&ask(&mut client, &trim(&ranges))), GOOD);
+    let text = fs::read_to_string(&log).unwrap();
+    stop(target);
+    let mut at = first as usize * 512;
+    for line in text.lines().skip(probes) {
+        let numbers: Vec<usize> = line
+            .split([',', ')'])
+            .filter_map(|part| part.trim().parse().ok())
+            .collect();
+        let [offset, len] = numbers[..] else {
+            panic!("{line}")
+        };
+        assert!(offset == at && len <= 64 * MIB, "{text}");
+        at += len;
+    }
+    assert_eq!(at, (first + 8 * 65_535) as usize * 512, "{text}");
 }
 
 #[test]

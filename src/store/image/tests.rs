@@ -18,6 +18,16 @@ fn image_of(bytes: u64) -> tempfile::NamedTempFile {
 }
 
 #[test]
+fn pieces_are_bounded_and_are_the_whole() {
+    let all = |offset, len, most| pieces(offset, len, most).collect::<Vec<_>>();
+    assert_eq!(all(5, 0, 8), []);
+    assert_eq!(all(5, 3, 8), [(5, 3)]);
+    assert_eq!(all(5, 14, 8), [(5, 3), (8, 8), (16, 3)]);
+    assert_eq!(all(8, 8, 8), [(8, 8)]);
+    assert_eq!(all(5, 1 << 60, u64::MAX), [(5, 1 << 60)]);
+}
+
+#[test]
 fn a_window_is_held_to_the_image() {
     let file = image_of(10 * 512 + 100);
     let open = |offset, length| {
