@@ -21,6 +21,7 @@ use shadow::{BlockFile, Facts, Identity, SECTOR};
 use super::align;
 use super::arena::{ImageId, V1Id};
 use super::disk::Backing;
+use super::run_dir::PRIVATE_FILE;
 use super::volume::Bounds;
 use crate::sys::buffer::{Body, Buf};
 use crate::sys::file::{block_device, direct_align, is_cached, push, read_now};
@@ -587,9 +588,13 @@ fn v1_id(metadata: &std::fs::Metadata, is_device: bool) -> V1Id {
     }
 }
 
-/// Makes an image; leaves nothing behind if that fails.
+/// Makes an image that only our user can read; leaves nothing behind if that fails.
 fn make(path: &Path, create: Create) -> io::Result<()> {
-    let file = File::options().write(true).create_new(true).open(path)?;
+    let file = File::options()
+        .write(true)
+        .create_new(true)
+        .mode(PRIVATE_FILE)
+        .open(path)?;
     let filled = if create.prealloc {
         fallocate(&file, FallocateFlags::empty(), 0, create.bytes as i64).map_err(io::Error::from)
     } else {

@@ -128,7 +128,10 @@ fn an_image_is_made_only_when_asked_and_missing() {
     })
     .unwrap();
     assert_eq!(made.bounds().unwrap().sectors, 2048);
-    assert_eq!(std::fs::metadata(&path).unwrap().blocks(), 0);
+    let metadata = std::fs::metadata(&path).unwrap();
+    assert_eq!(metadata.blocks(), 0);
+    // Data of hosts: for nobody else to read.
+    assert_eq!(metadata.mode() & 0o7777, 0o600);
     drop(made);
     let other = Some(Create {
         bytes: 512,
