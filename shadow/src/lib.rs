@@ -71,6 +71,7 @@ mod file;
 mod files;
 mod format;
 mod identity;
+mod lock;
 mod map;
 mod open;
 mod overlay;

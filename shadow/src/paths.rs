@@ -14,15 +14,15 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
-use nix::fcntl::{AT_FDCWD, AtFlags, FcntlArg, RenameFlags, fcntl, renameat2};
+use nix::fcntl::{AT_FDCWD, AtFlags, RenameFlags, renameat2};
 use nix::libc;
 use nix::unistd::linkat;
 
 use crate::file::BlockFile;
 use crate::format::{Spec, State};
+use crate::lock::{Lock, lock_now, lock_patiently};
 use crate::open::OpenError;
 use crate::overlay::Shadow;
 
@@ -32,10 +32,6 @@ mod steps;
 pub use marker::{make_marker, read_marker, remove_marker};
 pub use steps::{abandon, appear, begin_thaw, vanish};
 
-/// How long a lock that someone holds is asked for again: io_uring may keep a
-/// dead process's file open for a moment.
-const LOCK_PATIENCE: Duration = Duration::from_secs(2);
-const LOCK_RETRY: Duration = Duration::from_millis(20);
 /// The length of a file of holes that a filesystem is tried with.
 const PROBE: u64 = 4 << 20;
 /// The most bytes that such a file may take.
@@ -214,32 +210,14 @@ impl ShadowFile {
 
     /// Locks a file as a whole.
     fn lock(file: File, access: Access) -> Result<ShadowFile, Trouble> {
-        let deadline = Instant::now() + LOCK_PATIENCE;
-        while !ShadowFile::try_lock(&file, access)? {
-            if Instant::now() >= deadline {
-                return Err(Trouble::Locked);
-            }
-            std::thread::sleep(LOCK_RETRY);
-        }
-        Ok(ShadowFile(file))
-    }
-
-    fn try_lock(file: &File, access: Access) -> Result<bool, Trouble> {
         let kind = match access {
-            Access::Look => libc::F_RDLCK,
-            Access::Change => libc::F_WRLCK,
+            Access::Look => Lock::Shared,
+            Access::Change => Lock::Exclusive,
         };
-        let lock = libc::flock {
-            l_type: kind as libc::c_short,
-            l_whence: libc::SEEK_SET as libc::c_short,
-            l_start: 0,
-            l_len: 0,
-            l_pid: 0,
-        };
-        match fcntl(file, FcntlArg::F_OFD_SETLK(&lock)) {
-            Ok(_) => Ok(true),
-            Err(Errno::EAGAIN | Errno::EACCES) => Ok(false),
-            Err(e) => Err(Trouble::System("locking it", e.into())),
+        match lock_patiently(&file, kind) {
+            Ok(true) => Ok(ShadowFile(file)),
+            Ok(false) => Err(Trouble::Locked),
+            Err(e) => Err(Trouble::System("locking it", e)),
         }
     }
 }
@@ -496,7 +474,8 @@ pub enum Peek {
 /// Opens the file of a shadow to be read, also where another process has it.
 pub fn peek(path: &Path) -> Result<Peek, PathError> {
     let file = open_file(path, Access::Look)?;
-    let ours = ShadowFile::try_lock(&file, Access::Look).map_err(at(path))?;
+    let ours = lock_now(&file, Lock::Shared);
+    let ours = ours.map_err(|e| at(path)(Trouble::System("locking it", e)))?;
     let len = file.metadata();
     let len = len.map_err(|e| at(path)(Trouble::System("looking at it", e)))?;
     let (file, len) = (ShadowFile(file), len.len());

@@ -21,6 +21,8 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use nix::libc;
 use nix::time::{ClockId, clock_gettime};
 
+use crate::lock::{Lock, lock_patiently};
+
 /// What an arena's file begins with.
 pub const ARENA_MAGIC: u64 = u64::from_le_bytes(*b"AOEDEARN");
 /// The version of an arena with stamps. Version 1, of aoede 0.1.0, has only the
@@ -106,7 +108,9 @@ pub fn real_time() -> u64 {
 /// looks now. The target that recovers the arena will not take our change for a
 /// foreign one.
 ///
-/// Fails where the file is no arena (`InvalidData`).
+/// Several may tell it at once: the file is locked meanwhile (not with the `flock`
+/// of its own process), and the later look stays. Fails where the file is no arena
+/// (`InvalidData`), or stays locked (`WouldBlock`).
 pub fn tell(arena: &Path, stamp: &Stamp) -> io::Result<()> {
     let file = OpenOptions::new()
         .read(true)
@@ -156,6 +160,12 @@ mod tests {
     #[test]
     fn an_arena_is_told_and_another_file_is_left_alone() {
         let dir = tempfile::tempdir().unwrap();
+    if !lock_patiently(&file, Lock::Exclusive)? {
+        return Err(io::Error::new(
+            io::ErrorKind::WouldBlock,
+            "another process holds a lock on it",
+        ));
+    }
         let path = dir.path().join("arena");
         let stamp = Stamp::from_words([1, 2, 3, 4]);
         let file = |version: u64| {
@@ -166,6 +176,10 @@ mod tests {
         };
         std::fs::write(&path, file(ARENA_VERSION | 4096 << 32)).unwrap();
         tell(&path, &stamp).unwrap();
+            let last = TOLD + stamp.to_words().len() - 1;
+            if word(last)? > stamp.looked {
+                return Ok(());
+            }
         let bytes = std::fs::read(&path).unwrap();
         let word = |bytes: &[u8], index: usize| {
             u64::from_le_bytes(bytes[index * 8..][..8].try_into().unwrap())
@@ -184,3 +198,45 @@ mod tests {
         }
     }
 }
+    #[test]
+    fn of_two_who_tell_an_arena_at_once_the_later_look_stays() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("arena");
+        let mut bytes = vec![0; 4096];
+        bytes[..8].copy_from_slice(&ARENA_MAGIC.to_le_bytes());
+        bytes[8..16].copy_from_slice(&ARENA_VERSION.to_le_bytes());
+        std::fs::write(&path, bytes).unwrap();
+        let told = || {
+            let bytes = std::fs::read(&path).unwrap();
+            let words: Vec<u64> = bytes[TOLD * 8..][..32]
+                .chunks_exact(8)
+                .map(|word| u64::from_le_bytes(word.try_into().unwrap()))
+                .collect();
+            words
+        };
+        // All four words of one of them, whoever comes first.
+        std::thread::scope(|scope| {
+            for n in 0..4 {
+                let path = &path;
+                scope.spawn(move || {
+                    for looked in (1..200).filter(|looked| looked % 4 == n) {
+                        tell(path, &Stamp::from_words([looked; 4])).unwrap();
+                    }
+                });
+            }
+        });
+        assert_eq!(told(), [199; 4]);
+        tell(&path, &Stamp::from_words([7; 4])).unwrap();
+        assert_eq!(told(), [199; 4]);
+        // Its own process, which has the flock, is not in the way.
+        let file = File::open(&path).unwrap();
+        let _ours = nix::fcntl::Flock::lock(file, nix::fcntl::FlockArg::LockExclusive).unwrap();
+        tell(&path, &Stamp::from_words([200; 4])).unwrap();
+        assert_eq!(told(), [200; 4]);
+        // Nobody waits for ever.
+        let stuck = File::options().read(true).write(true).open(&path).unwrap();
+        assert!(lock_patiently(&stuck, Lock::Exclusive).unwrap());
+        let error = tell(&path, &Stamp::from_words([201; 4])).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::WouldBlock);
+    }
+

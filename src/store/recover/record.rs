@@ -13,11 +13,10 @@
 //! start, len             the exported range in bytes
 //! ```
 
-use std::fs::{self, File};
+use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use nix::fcntl::{Flock, FlockArg};
 use shadow::paths::sync_directory;
 use shadow::stamp::{Stamp, tell};
 use shadow::{Facts, RealFiles, SECTOR, Verdict, replace_text};
@@ -232,9 +231,6 @@ impl Record {
     /// Takes the record away; only when nothing in the arena is needed.
     pub fn remove(self, image: &Image) -> io::Result<()> {
         let directory = self.path.parent().unwrap_or(Path::new("."));
-        // One at a time: two must not tell a third at once.
-        let lock = File::open(directory)
-            .and_then(|d| Ok(Flock::lock(d, FlockArg::LockExclusive).map_err(|(_, e)| e)?));
         if let Ok(Some(stamp)) = image.stamp() {
             let others = all(&self.export, directory, &self.id).unwrap_or_default();
             let others = others.iter().filter(|left| {
@@ -248,9 +244,7 @@ impl Record {
                 &stamp,
             );
         }
-        let removed = remove(&self.path);
-        drop(lock);
-        removed
+        remove(&self.path)
     }
 }
 
