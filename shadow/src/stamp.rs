@@ -104,6 +104,55 @@ pub fn real_time() -> u64 {
     u64::try_from(since.as_nanos()).unwrap_or(u64::MAX)
 }
 
+/// Nanoseconds by which the real-time clock may move against the time since the
+/// boot without having been set.
+const CLOCK_STEP: u64 = 500_000_000;
+/// Both clocks count as read together if no more nanoseconds passed meanwhile.
+const CLOCKS_APART: u64 = 10_000_000;
+/// How often they are read before that is given up.
+const CLOCK_READS: usize = 5;
+
+/// The real-time clock, and how it was set at that moment.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Clocks {
+    /// Real time in nanoseconds.
+    pub real: u64,
+    /// Real time less the time since the boot: changes only when the clock is set.
+    /// 0 for unknown.
+    pub offset: u64,
+}
+
+impl Clocks {
+    /// Reads both clocks.
+    pub fn now() -> Clocks {
+        for _ in 0..CLOCK_READS {
+            let Ok(before) = since_boot() else { break };
+            let real = real_time();
+            let Ok(after) = since_boot() else { break };
+            if after - before <= CLOCKS_APART {
+                let offset = real.wrapping_sub(before);
+                return Clocks { real, offset };
+            }
+        }
+        Clocks {
+            real: real_time(),
+            offset: 0,
+        }
+    }
+
+    /// The same, of a real time that was read just now.
+    pub fn at(real: u64) -> Clocks {
+        let offset = since_boot().map_or(0, |since| real.wrapping_sub(since));
+        Clocks { real, offset }
+    }
+
+    /// `true` if the clock was not set between the moment of this offset and now.
+    pub fn is_as_at(&self, offset: u64) -> bool {
+        let is_known = self.offset != 0 && offset != 0;
+        is_known && self.offset.abs_diff(offset) <= CLOCK_STEP
+    }
+}
+
 /// Tells an arena of the same image that we have changed the image, and how it
 /// looks now. The target that recovers the arena will not take our change for a
 /// foreign one.
@@ -117,6 +166,12 @@ pub fn tell(arena: &Path, stamp: &Stamp) -> io::Result<()> {
         .write(true)
         .custom_flags(libc::O_NOFOLLOW)
         .open(arena)?;
+    if !lock_patiently(&file, Lock::Exclusive)? {
+        return Err(io::Error::new(
+            io::ErrorKind::WouldBlock,
+            "another process holds a lock on it",
+        ));
+    }
     let word = |index: usize| {
         let mut bytes = [0; 8];
         file.read_exact_at(&mut bytes, index as u64 * 8)?;
@@ -127,6 +182,10 @@ pub fn tell(arena: &Path, stamp: &Stamp) -> io::Result<()> {
         |index: usize, value: u64| file.write_all_at(&u64::to_le_bytes(value), index as u64 * 8);
     match (magic, version) {
         (ARENA_MAGIC, ARENA_VERSION) => {
+            let last = TOLD + stamp.to_words().len() - 1;
+            if word(last)? > stamp.looked {
+                return Ok(());
+            }
             for (index, value) in stamp.to_words().into_iter().enumerate() {
                 put(TOLD + index, value)?;
             }
@@ -157,47 +216,6 @@ mod tests {
         assert_eq!(none, None);
     }
 
-    #[test]
-    fn an_arena_is_told_and_another_file_is_left_alone() {
-        let dir = tempfile::tempdir().unwrap();
-    if !lock_patiently(&file, Lock::Exclusive)? {
-        return Err(io::Error::new(
-            io::ErrorKind::WouldBlock,
-            "another process holds a lock on it",
-        ));
-    }
-        let path = dir.path().join("arena");
-        let stamp = Stamp::from_words([1, 2, 3, 4]);
-        let file = |version: u64| {
-            let mut bytes = vec![0; 4096];
-            bytes[..8].copy_from_slice(&ARENA_MAGIC.to_le_bytes());
-            bytes[8..16].copy_from_slice(&version.to_le_bytes());
-            bytes
-        };
-        std::fs::write(&path, file(ARENA_VERSION | 4096 << 32)).unwrap();
-        tell(&path, &stamp).unwrap();
-            let last = TOLD + stamp.to_words().len() - 1;
-            if word(last)? > stamp.looked {
-                return Ok(());
-            }
-        let bytes = std::fs::read(&path).unwrap();
-        let word = |bytes: &[u8], index: usize| {
-            u64::from_le_bytes(bytes[index * 8..][..8].try_into().unwrap())
-        };
-        let told = [0, 1, 2, 3].map(|n| word(&bytes, TOLD + n));
-        assert_eq!(told, [1, 2, 3, 4]);
-        assert!(bytes[16..TOLD * 8].iter().all(|byte| *byte == 0));
-        std::fs::write(&path, file(1)).unwrap();
-        let before = real_time();
-        tell(&path, &stamp).unwrap();
-        assert!(word(&std::fs::read(&path).unwrap(), V1_HEARTBEAT) >= before);
-        for other in [file(3), vec![7; 4096], vec![1]] {
-            std::fs::write(&path, &other).unwrap();
-            assert!(tell(&path, &stamp).is_err());
-            assert_eq!(std::fs::read(&path).unwrap(), other);
-        }
-    }
-}
     #[test]
     fn of_two_who_tell_an_arena_at_once_the_later_look_stays() {
         let dir = tempfile::tempdir().unwrap();
@@ -240,3 +258,34 @@ mod tests {
         assert_eq!(error.kind(), io::ErrorKind::WouldBlock);
     }
 
+    #[test]
+    fn an_arena_is_told_and_another_file_is_left_alone() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("arena");
+        let stamp = Stamp::from_words([1, 2, 3, 4]);
+        let file = |version: u64| {
+            let mut bytes = vec![0; 4096];
+            bytes[..8].copy_from_slice(&ARENA_MAGIC.to_le_bytes());
+            bytes[8..16].copy_from_slice(&version.to_le_bytes());
+            bytes
+        };
+        std::fs::write(&path, file(ARENA_VERSION | 4096 << 32)).unwrap();
+        tell(&path, &stamp).unwrap();
+        let bytes = std::fs::read(&path).unwrap();
+        let word = |bytes: &[u8], index: usize| {
+            u64::from_le_bytes(bytes[index * 8..][..8].try_into().unwrap())
+        };
+        let told = [0, 1, 2, 3].map(|n| word(&bytes, TOLD + n));
+        assert_eq!(told, [1, 2, 3, 4]);
+        assert!(bytes[16..TOLD * 8].iter().all(|byte| *byte == 0));
+        std::fs::write(&path, file(1)).unwrap();
+        let before = real_time();
+        tell(&path, &stamp).unwrap();
+        assert!(word(&std::fs::read(&path).unwrap(), V1_HEARTBEAT) >= before);
+        for other in [file(3), vec![7; 4096], vec![1]] {
+            std::fs::write(&path, &other).unwrap();
+            assert!(tell(&path, &stamp).is_err());
+            assert_eq!(std::fs::read(&path).unwrap(), other);
+        }
+    }
+}

@@ -12,9 +12,10 @@ mod report;
 mod wait;
 
 use std::sync::Arc;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 
 use shadow::SECTOR;
+use shadow::stamp::real_time;
 
 use crate::config::{Options, Tuneup};
 use crate::freeze::{OnStop, Order, Phase};
@@ -575,14 +576,6 @@ fn amount(bytes: u64) -> String {
         0 => format!("{} KiB", bytes.div_ceil(1 << 10)),
         mib => format!("{mib} MiB"),
     }
-}
-
-/// The kernel's real-time clock, in nanoseconds, as frames are stamped.
-fn real_time() -> u64 {
-    let since = SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .unwrap_or_default();
-    u64::try_from(since.as_nanos()).unwrap_or(u64::MAX)
 }
 
 /// A number that no other has: the name of a shadow, the tag of a question.

@@ -21,7 +21,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use nix::sys::statvfs::statvfs;
-use shadow::stamp::real_time;
+use shadow::stamp::{Clocks, real_time};
 
 pub use error::{RecoverError, RecoverTrouble};
 pub use record::Record;
@@ -142,7 +142,7 @@ pub fn prepare(
         id,
         boot,
         doubt: options.doubt,
-        seen: Seen::of(heads.iter()),
+        seen: Seen::of(heads.iter(), Clocks::now()),
         peers: ours.iter().chain(&peers).map(|l| l.arena.clone()).collect(),
         room: options.cache_size / UNREPLAYED_SHARE,
     };

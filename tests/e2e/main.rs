@@ -19,6 +19,7 @@ mod floors;
 mod frames;
 mod freeze;
 mod hostile;
+mod identity;
 mod kills;
 mod late_nics;
 mod life;

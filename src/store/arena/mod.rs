@@ -17,6 +17,7 @@
 //!      21  bytes of the exported range when the content sums were taken, 0 for never
 //!      22  two stamps of the image, 4 words each: see shadow::stamp
 //!      30  when it was made, ns since the boot
+//!      31  real time less time since the boot at the heartbeat, ns; 0 for unknown
 //! ```
 //!
 //! Version 1, of aoede 0.1.0, is read as well:
@@ -48,7 +49,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use nix::fcntl::{AT_FDCWD, FallocateFlags, Flock, FlockArg, RenameFlags, fallocate, renameat2};
-use shadow::stamp::{ARENA_MAGIC, ARENA_VERSION, OWN, Stamp, since_boot};
+use shadow::stamp::{ARENA_MAGIC, ARENA_VERSION, Clocks, OWN, Stamp, since_boot};
 use shadow::{FACT_WORDS, Facts};
 
 use super::run_dir::PRIVATE_FILE;
@@ -66,6 +67,7 @@ const IN_FLIGHT: usize = 19;
 const HEARTBEAT: usize = 20;
 const CONTENT_LEN: usize = 21;
 const CREATED: usize = 30;
+const CLOCK: usize = 31;
 const CONTENT: usize = 64;
 const HEADERS: usize = CONTENT + content::SUMS;
 const HEADER: usize = 8;
@@ -345,10 +347,23 @@ impl Arena {
     }
 
     /// Notes that we live, and so may change the image, at this real time in
-    /// nanoseconds. It never goes back, even if the clock does.
-    pub fn set_heartbeat(&mut self, nanoseconds: u64) {
-        let last = self.slots.word(HEARTBEAT).max(nanoseconds);
-        self.slots.set_word(HEARTBEAT, last);
+    /// nanoseconds, which was read just now.
+    pub fn set_heartbeat(&mut self, real: u64) {
+        self.set_clocks(Clocks::at(real));
+    }
+
+    /// Goes back with the clock: a time that is ahead would let later changes by
+    /// someone else pass for ours.
+    fn set_clocks(&mut self, now: Clocks) {
+        let was_set = !now.is_as_at(self.slots.word(CLOCK));
+        // Killed in between, the offset is unknown, and a change is refused.
+        if was_set {
+            self.slots.set_word(CLOCK, 0);
+        }
+        self.slots.set_word(HEARTBEAT, now.real);
+        if was_set {
+            self.slots.set_word(CLOCK, now.offset);
+        }
     }
 
     /// Notes that a write of `len` bytes at `at` of the image is about to begin:

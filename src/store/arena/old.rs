@@ -8,12 +8,12 @@ use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
 
 use nix::fcntl::{Flock, FlockArg};
-use shadow::stamp::{self, ARENA_MAGIC, ARENA_VERSION, OWN, Stamp, TOLD};
+use shadow::stamp::{self, ARENA_MAGIC, ARENA_VERSION, Clocks, OWN, Stamp, TOLD};
 use shadow::{FACT_WORDS, Facts, SECTOR, Verdict};
 
 use super::{
-    ArenaTrouble, BOOT, CHECKSUM, CONTENT, CONTENT_LEN, CREATED, FACTS, HEADER, HEADERS, HEARTBEAT,
-    IN_FLIGHT, ImageId, RANGE, V1Id, checksum, content, runs,
+    ArenaTrouble, BOOT, CHECKSUM, CLOCK, CONTENT, CONTENT_LEN, CREATED, FACTS, HEADER, HEADERS,
+    HEARTBEAT, IN_FLIGHT, ImageId, RANGE, V1Id, checksum, content, runs,
 };
 use crate::store::run_dir::secure_file;
 use crate::sys::slots::{Slots, file_len};
@@ -85,6 +85,9 @@ pub struct Head {
     pub len: u64,
     /// When its process was last known to live, real time in nanoseconds.
     pub heartbeat: u64,
+    /// Real time less time since the boot at the heartbeat, 0 for unknown; `None`
+    /// of version 1, which does not keep it.
+    pub clock: Option<u64>,
     /// Whether writes to the image were in flight; of version 1 that is not
     /// known, so they may have been.
     pub in_flight: bool,
@@ -147,6 +150,7 @@ impl Head {
                 start: words[8],
                 len: words[9],
                 heartbeat: words[stamp::V1_HEARTBEAT],
+                clock: None,
                 in_flight: true,
                 created: 0,
                 stamp: None,
@@ -168,6 +172,7 @@ impl Head {
                 start: words[RANGE],
                 len: words[RANGE + 1],
                 heartbeat: words[HEARTBEAT],
+                clock: Some(words[CLOCK]),
                 in_flight: words[IN_FLIGHT] != 0,
                 created: words[CREATED],
                 stamp: latest(stamps),
@@ -292,16 +297,21 @@ impl OldArena {
         }
     }
 
-    /// Notes that we write to the image in the stead of its process, at this real
-    /// time in nanoseconds.
-    pub fn note_replay(&self, nanoseconds: u64) -> io::Result<()> {
+    /// Notes that we write to the image in the stead of its process, at this moment.
+    pub fn note_replay(&self, now: Clocks) -> io::Result<()> {
         let put = |index: usize, word: u64| {
             self.file
                 .write_all_at(&word.to_le_bytes(), index as u64 * 8)
         };
         match self.head.origin {
-            Origin::V1(_) => put(stamp::V1_HEARTBEAT, nanoseconds),
-            Origin::Facts(_) => put(HEARTBEAT, nanoseconds).and_then(|()| put(IN_FLIGHT, 1)),
+            Origin::V1(_) => put(stamp::V1_HEARTBEAT, now.real),
+            Origin::Facts(_) => {
+                // Killed in between, the offset is unknown, and a change is refused.
+                put(CLOCK, 0)?;
+                put(HEARTBEAT, now.real)?;
+                put(CLOCK, now.offset)?;
+                put(IN_FLIGHT, 1)
+            }
         }
     }
 

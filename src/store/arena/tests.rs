@@ -52,9 +52,7 @@ fn what_counts_is_found_again_and_the_newest_wins() {
     arena.publish(2, 6, 2, 0x80, 0);
     arena.publish(3, 9, 8, 0xFF, 0);
     arena.retire(3);
-    arena.set_heartbeat(77);
-    // A clock that is set back takes nothing back.
-    arena.set_heartbeat(76);
+    arena.set_clocks(clocks(77, 1));
     drop(arena);
     let expected = [
         (2 * 4096 + 3584, vec![3; 512]),
@@ -101,6 +99,51 @@ fn each_generation_has_a_version_of_its_own_and_the_older_comes_first() {
     drop(arena);
     let expected = [(3 * 4096, vec![3; 512]), (3 * 4096, vec![1; 512])];
     assert_eq!(replayed(&path), expected);
+}
+
+fn clocks(real: u64, offset: u64) -> Clocks {
+    Clocks { real, offset }
+}
+
+#[test]
+fn the_heartbeat_follows_the_clock_and_killed_within_it_is_not_believed() {
+    let dir = tempfile::tempdir().unwrap();
+    let (path, mut arena) = arena(dir.path());
+    let second = 1_000_000_000;
+    let head = move || {
+        let head = Head::read(&path).unwrap();
+        (head.heartbeat, head.clock)
+    };
+    assert_eq!(head(), (0, Some(0)));
+    let hour = 3600 * second;
+    let mut last = (10 * second, 5 * second);
+    arena.set_clocks(clocks(last.0, last.1));
+    // Set forward, set back, far back; and not set, with the noise of two reads.
+    for (real, offset) in [
+        (hour + 11 * second, hour + 5 * second),
+        (12 * second, 5 * second),
+        (second, u64::MAX - 6 * second),
+        (2 * second, u64::MAX - 6 * second + 70),
+    ] {
+        let (old, head) = (last, head.clone());
+        let look = move || {
+            let now = clocks(0, offset);
+            match head() {
+                (heartbeat, Some(clock)) if now.is_as_at(clock) => assert_eq!(heartbeat, real),
+                (heartbeat, Some(clock)) if clocks(0, old.1).is_as_at(clock) => {
+                    assert_eq!(heartbeat, old.0);
+                }
+                (_, clock) => assert_eq!(clock, Some(0)),
+            }
+        };
+        if offset.abs_diff(old.1) > second {
+            watch::each_store(look, || arena.set_clocks(clocks(real, offset)));
+        } else {
+            arena.set_clocks(clocks(real, offset));
+        }
+        last = (real, offset);
+    }
+    assert_eq!(head(), (2 * second, Some(u64::MAX - 6 * second)));
 }
 
 fn stamp(mtime: u64, looked: u64) -> Stamp {
@@ -257,7 +300,7 @@ fn an_arena_of_0_1_0_is_read() {
     assert_eq!((head.boot, head.heartbeat, head.created), ([7, 8], 99, 0));
     assert!(head.in_flight && head.stamp.is_none() && old.content().next().is_none());
     assert_eq!(head.origin.compare(&IMAGE, true), shadow::Verdict::Same);
-    old.note_replay(100).unwrap();
+    old.note_replay(clocks(100, 7)).unwrap();
     drop(old);
     assert_eq!(replayed(&path), [(3 * 4096 + 512, vec![9; 512])]);
     assert_eq!(Head::read(&path).unwrap().heartbeat, 100);

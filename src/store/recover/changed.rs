@@ -1,6 +1,6 @@
 //! Whether someone else has changed the image since its targets died.
 
-use shadow::stamp::Stamp;
+use shadow::stamp::{Clocks, Stamp};
 
 use super::super::arena::{Head, latest};
 
@@ -14,7 +14,7 @@ pub(super) struct Seen {
     /// How it looked last; `None` if only aoede 0.1.0 has seen it.
     stamp: Option<Stamp>,
     /// The last heartbeat of those that had writes in flight, real time in
-    /// nanoseconds.
+    /// nanoseconds; not of those before which the clock was set.
     in_flight: Option<u64>,
 }
 
@@ -30,8 +30,11 @@ pub(super) enum Change {
 }
 
 impl Seen {
-    pub fn of<'a>(heads: impl Iterator<Item = &'a Head> + Clone) -> Seen {
-        let in_flight = heads.clone().filter(|head| head.in_flight);
+    /// What these arenas know. A time of then means nothing after the clock was set:
+    /// a change by someone else may have an earlier one.
+    pub fn of<'a>(heads: impl Iterator<Item = &'a Head> + Clone, now: Clocks) -> Seen {
+        let holds = |head: &&Head| head.clock.is_none_or(|clock| now.is_as_at(clock));
+        let in_flight = heads.clone().filter(|head| head.in_flight).filter(holds);
         Seen {
             stamp: latest(heads.filter_map(|head| head.stamp)),
             in_flight: in_flight.map(|head| head.heartbeat).max(),
@@ -74,6 +77,7 @@ impl Seen {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::store::arena::{Arena, ImageId};
 
     const SECOND: u64 = 1_000_000_000;
     const STAMP: Stamp = Stamp {
@@ -124,6 +128,55 @@ mod tests {
         ] {
             assert_eq!(seen.judge(&at(mtime, mtime.max(100))), change, "{mtime}");
         }
+    }
+
+    /// The arena of a process that died with writes in flight: its heartbeat in
+    /// seconds, and how far the clock was ahead of the time since the boot then.
+    fn died(heartbeat: u64, ahead: Option<u64>) -> Head {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("arena");
+        drop(Arena::create(&path, [0; 2], &ImageId::default(), 4096, 2).unwrap());
+        let mut head = Head::read(&path).unwrap();
+        head.heartbeat = heartbeat * SECOND;
+        head.in_flight = true;
+        head.clock = ahead.map(|seconds| seconds * SECOND);
+        head.stamp = Some(STAMP);
+        head
+    }
+
+    #[test]
+    fn a_clock_that_was_set_refuses_and_never_loses() {
+        let now = |ahead: u64| Clocks {
+            real: 0,
+            offset: ahead * SECOND + 1000,
+        };
+        let judge = |head: &Head, now, mtime: u64| {
+            let changed = Seen::of([head].into_iter(), now).judge(&at(mtime, mtime));
+            changed == Change::None
+        };
+        // Never set.
+        assert!(judge(&died(110, Some(50)), now(50), 111));
+        assert!(!judge(&died(110, Some(50)), now(50), 113));
+        // An hour ahead until after the death: what is written then has a time before
+        // the heartbeat.
+        assert!(!judge(&died(3710, Some(3650)), now(50), 115));
+        // Nor is our own write believed then, and the image that nobody wrote is.
+        assert!(!judge(&died(3710, Some(3650)), now(50), 3711));
+        assert!(judge(&died(3710, Some(3650)), now(50), 100));
+        // Set forward after the death.
+        assert!(!judge(&died(110, Some(50)), now(3650), 3715));
+        assert!(!judge(&died(110, Some(50)), now(3650), 111));
+        // Set while the process lived, and noticed by it; killed before that.
+        assert!(!judge(&died(112, Some(50)), now(50), 3711));
+        assert!(judge(&died(112, Some(50)), now(50), 113));
+        assert!(!judge(&died(112, Some(0)), now(50), 113));
+        // One that was set does not speak for one that was not, nor against it.
+        let (good, set) = (died(110, Some(50)), died(3710, Some(3650)));
+        let both = Seen::of([&good, &set].into_iter(), now(50));
+        assert_eq!(both.judge(&at(111, 111)), Change::None);
+        assert_eq!(both.judge(&at(115, 115)), Change::Foreign);
+        // aoede 0.1.0 kept no such offset.
+        assert!(judge(&died(110, None), now(50), 111));
     }
 
     #[test]

@@ -128,7 +128,8 @@ impl fmt::Display for RecoverError {
             ),
             RecoverTrouble::Changed => write!(
                 f,
-                "arena {path}: the image was changed by someone else after the target died, and \
+                "arena {path}: the image was changed by someone else after the target died (or the \
+                 clock was set, so that this is not certain), and \
                  the writes in the arena would land over that; --replay-arena says that the image \
                  is the right one, {give_up}"
             ),

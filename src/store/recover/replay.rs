@@ -4,7 +4,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use shadow::stamp::real_time;
+use shadow::stamp::Clocks;
 use shadow::{BlockFile, SECTOR, Verdict};
 
 use super::super::arena::{ArenaTrouble, ImageId, OldArena, content};
@@ -225,7 +225,7 @@ impl<'a> Recovery<'a> {
             None => ("the image", RecoverTrouble::Replay as fn(io::Error) -> _),
         };
         // A change of the image is ours from here on.
-        let note = || old.note_replay(real_time());
+        let note = || old.note_replay(Clocks::now());
         let mut writer = Writer::new(image, unreplayed, self.room);
         let plain = |at, bytes: &[u8]| writer.write(at, bytes);
         let below = Unaligned(image);
