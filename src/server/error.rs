@@ -36,9 +36,9 @@ pub enum ServeError {
     ShadowLimit(u64, u64),
     /// The disk made no progress for so long at the end; the file that holds
     /// what is not on it.
-    StopTimeout(Duration, Option<PathBuf>),
+    StopTimeout(Address, Duration, Option<PathBuf>),
     /// A second signal to stop came before the first was carried out.
-    StoppedTwice,
+    StoppedTwice(Address),
     /// A system call, and which.
     System(&'static str, io::Error),
 }
@@ -86,10 +86,10 @@ impl fmt::Display for ServeError {
                 "-f: the limit is too low for a disk with blocks of {block} bytes; give {least} MiB \
                  or more"
             ),
-            ServeError::StopTimeout(after, arena) => {
+            ServeError::StopTimeout(address, after, arena) => {
                 write!(
                     f,
-                    "stopped before the disk had everything: it made no progress for {} s",
+                    "{address}: stopped before the disk had everything: it made no progress for {} s",
                     after.as_secs()
                 )?;
                 match arena {
@@ -101,7 +101,9 @@ impl fmt::Display for ServeError {
                     None => f.write_str("; writes that were not acknowledged may be missing"),
                 }
             }
-            ServeError::StoppedTwice => f.write_str("stopped at once by a second signal"),
+            ServeError::StoppedTwice(address) => {
+                write!(f, "{address}: stopped at once by a second signal")
+            }
             ServeError::System(what, e) => write!(f, "{what}: {e}"),
         }
     }

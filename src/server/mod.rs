@@ -361,7 +361,7 @@ impl Export {
         // As long as less and less is left, the disk does finish.
         let silent = stop.since.max(volume.progress_at()).elapsed();
         let arena = volume.arena_path();
-        (silent >= patience).then_some(Err(ServeError::StopTimeout(patience, arena)))
+        (silent >= patience).then_some(Err(ServeError::StopTimeout(self.address, patience, arena)))
     }
 
     /// Says what a stop waits for.
@@ -390,7 +390,7 @@ impl Export {
         while let Some(event) = signals.next() {
             match event {
                 Event::Stop if stopping.is_some() && !self.keep_shadow() => {
-                    return Err(ServeError::StoppedTwice);
+                    return Err(ServeError::StoppedTwice(self.address));
                 }
                 Event::Stop if stopping.is_some() => {}
                 Event::Stop => {

@@ -243,7 +243,8 @@ fn make(
     if bytes > free / 2 {
         bytes = free / 2;
         log::warn!(
-            "{}: cache of {} MiB instead of {}: {} has no more room",
+            "{}: cache of {} MiB instead of {}: half of what {} has free; make room there and \
+             start again, or lower cache_size",
             options.export,
             bytes >> 20,
             options.cache_size >> 20,

@@ -747,9 +747,9 @@ fn a_disk_that_hangs_does_not_keep_the_process() {
                 target.signal(Signal::SIGTERM).unwrap();
             }
             let what = if twice {
-                "second signal"
+                "e1.1: stopped at once by a second signal"
             } else {
-                "no progress for 1 s"
+                "e1.1: stopped before the disk had everything: it made no progress for 1 s"
             };
             target.wait_for_line(what, soon()).unwrap();
             // Of a thread that is to be late strace notices the death late, and
