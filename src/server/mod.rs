@@ -48,7 +48,7 @@ const SHORT_SLEEP: Duration = Duration::from_micros(500);
 const NIC_RETRY: Duration = Duration::from_secs(1);
 /// How often it is noted that we live while the image is being changed: at
 /// half of what a start allows for.
-const PULSE: Duration = Duration::from_secs(1);
+const HEARTBEAT: Duration = Duration::from_secs(1);
 /// How often a stop that takes long says what is left.
 const STOP_LOG_INTERVAL: Duration = Duration::from_secs(5);
 /// How often an address conflict is logged.
@@ -333,10 +333,13 @@ impl Export {
             .iter()
             .any(|nic| nic.port.is_none())
             .then_some(NIC_RETRY);
-        let pulse = self.target.is_writing().then_some(PULSE);
+        let heartbeat = self.target.is_writing().then_some(HEARTBEAT);
         let report = self.report.due();
         let report = report.map(|at| at.saturating_duration_since(now));
-        [disk, stop, nic, pulse, report].into_iter().flatten().min()
+        [disk, stop, nic, heartbeat, report]
+            .into_iter()
+            .flatten()
+            .min()
     }
 
     /// How a stop goes on: `None` while the disk has not finished.

@@ -2,7 +2,7 @@
 //! queues, memory, and the disk.
 //!
 //! An initiator belongs to one of [`QUEUES`] queues by a hash of its MAC
-//! address, so the state is bounded whoever asks. Two parts:
+//! address, so the state is bounded. Two parts:
 //!
 //! - [`Shares`] counts who has how much of a resource, and refuses more to the
 //!   queue that has its share already while others are short.
@@ -107,8 +107,8 @@ impl Shares {
         self.total == self.used[queue.index()]
     }
 
-    /// `true` if a queue may take so much more. Whoever has nothing may take it
-    /// if nobody has, however much it is.
+    /// `true` if a queue may take so much more. The first may take any amount
+    /// while nothing is taken.
     pub fn admits(&self, queue: Queue, amount: u64) -> bool {
         self.total == 0 || self.admits_of(self.capacity, self.headroom, queue, amount)
     }
@@ -310,7 +310,7 @@ impl<T> FairQueue<T> {
         item
     }
 
-    /// Takes out all items that are to go, whoever's they are.
+    /// Takes out all items that are to go, of every queue.
     pub fn remove_if(&mut self, mut goes: impl FnMut(&T) -> bool) -> Vec<(Queue, T)> {
         let mut gone = Vec::new();
         for queue in self.queues() {

@@ -750,12 +750,12 @@ fn room_is_taken_as_it_is_needed_and_idle_room_is_given_back() {
     let now = Instant::now();
     let dirty = [7; 4096];
     cache.write(block(9000), &dirty, now).unwrap();
-    let lent = cache.hit(block(1500)).unwrap();
+    let pinned = cache.hit(block(1500)).unwrap();
     cache.release_idle();
     // What is dirty stays, and what someone is sending; all else may go, but for
     // the first step.
     assert!(cache.is_released() && room(&mut cache) == 3);
-    drop(lent);
+    drop(pinned);
     cache.release_idle();
     assert_eq!(room(&mut cache), 2);
     assert!(cache.covers(block(0)) && cache.covers(block(9000)));
