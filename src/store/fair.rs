@@ -37,7 +37,8 @@ impl Queue {
         Queue((number.wrapping_mul(0x9E37_79B9_7F4A_7C15) >> (64 - QUEUES.ilog2())) as u8)
     }
 
-    fn index(self) -> usize {
+    /// Its number: up to [`QUEUES`], which is ours.
+    pub fn index(self) -> usize {
         usize::from(self.0)
     }
 }
@@ -105,6 +106,11 @@ impl Shares {
     /// `true` if no other queue has any.
     pub fn is_alone(&self, queue: Queue) -> bool {
         self.total == self.used[queue.index()]
+    }
+
+    /// `true` if more than one queue has any.
+    pub fn is_shared(&self) -> bool {
+        self.active > 1
     }
 
     /// `true` if a queue may take so much more. The first may take any amount

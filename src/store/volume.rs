@@ -223,6 +223,8 @@ pub struct Volume {
     /// How many of each the disk has; and of reads how many it may have.
     reading: usize,
     verifying: usize,
+    /// Fills in flight that complete blocks.
+    completing: usize,
     /// Reads that the disk has ended since the window was last told.
     reads_ended: usize,
     window: Window,
@@ -298,6 +300,7 @@ impl Volume {
             reading: 0,
             reads_ended: 0,
             verifying: 0,
+            completing: 0,
             window: Window::new(),
             prefetches: 0,
             until_written: VecDeque::new(),

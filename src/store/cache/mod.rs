@@ -19,6 +19,7 @@ mod epochs;
 mod generations;
 mod index;
 mod kept;
+mod lists;
 mod shrink;
 mod writeback;
 
@@ -33,7 +34,7 @@ use crate::sys::buffer::Body;
 use epochs::Epochs;
 use generations::Generations;
 use index::{Index, NONE};
-use writeback::Queue;
+use lists::Lists;
 
 pub use epochs::Epoch;
 pub use writeback::{Record, Run};
@@ -64,6 +65,17 @@ enum State {
     Kept,
 }
 
+/// The rest of a block of which only a part is here.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Reads {
+    /// It is not needed, as far as known.
+    No,
+    /// It is to be read.
+    Wanted,
+    /// It is being read.
+    Begun,
+}
+
 /// What every read looks at: so little that all of it stays in the processor's
 /// cache.
 #[derive(Clone, Copy, Debug, Default)]
@@ -83,8 +95,8 @@ struct Meta {
     present: bool,
     /// Whether an older version of the block is still being written back.
     waits: bool,
-    /// Whether the rest of it is being read, without which it cannot be written.
-    reads: bool,
+    /// The rest of it, without which it cannot be written.
+    reads: Reads,
     /// Whether one of its write-backs failed.
     failed: bool,
     /// Which queue of dirty slots it stands in: of which generation it is.
@@ -96,11 +108,12 @@ struct Meta {
     /// The version of the block; no two are equal.
     sequence: u64,
     epoch: Epoch,
-    /// Sectors still to be handed to the disk, while Writing.
+    /// Sectors still to be handed to the disk, while Writing; those that must be here
+    /// before, while their rest is wanted.
     unsent: u64,
     /// Sectors of the last write-back.
     sent: u64,
-    /// The queue of dirty slots.
+    /// Its neighbours in its list.
     previous: u32,
     next: u32,
     /// Whose write made it dirty.
@@ -143,15 +156,13 @@ pub struct Cache {
     /// Slots that hold nothing but are still lent out.
     limbo: Vec<u32>,
     hand: u32,
-    /// The dirty slots, oldest first, those of each generation apart.
-    queues: [Queue; 2],
+    /// The dirty slots.
+    lists: Lists,
     generations: Generations,
     /// Blocks to be written back next, in their order.
     plan: std::collections::VecDeque<u64>,
     /// A slot with sectors left to hand to the disk.
     partial: Option<u32>,
-    /// What must be read before it can be written back.
-    wanted: Vec<Extent>,
     /// Versions written back that the next sync covers.
     written: Vec<Record>,
     /// Slots with dirty sectors, and those of them that are kept.
@@ -219,7 +230,7 @@ impl Cache {
             state: State::Free,
             present: false,
             waits: false,
-            reads: false,
+            reads: Reads::No,
             owner: fair::Queue::OURS,
             guard: 0,
             holds: 0,
@@ -237,11 +248,10 @@ impl Cache {
             is_released: true,
             limbo: Vec::new(),
             hand: 0,
-            queues: [Queue::default(); 2],
+            lists: Lists::new(),
             generations: Generations::default(),
             plan: std::collections::VecDeque::new(),
             partial: None,
-            wanted: Vec::new(),
             written: Vec::new(),
             dirty: 0,
             kept: 0,
@@ -662,6 +672,11 @@ impl Cache {
                 meta.epoch = before.epoch;
                 meta.state = before.state;
                 meta.waits = before.waits;
+                // With all of it here the rest is needed no more.
+                if self.hot[fresh as usize].valid.count_ones() as u64 != self.sectors {
+                    meta.reads = before.reads;
+                    meta.unsent = before.unsent;
+                }
                 if before.state == State::Dirty {
                     self.queue_replace(old, fresh);
                 }
@@ -718,7 +733,7 @@ impl Cache {
         meta.unsent = 0;
         meta.writes = 0;
         meta.failed = false;
-        meta.reads = false;
+        meta.reads = Reads::No;
         meta.present = true;
         let (block, line) = (meta.block, meta.line);
         let generation = self.generations.of_line(line);

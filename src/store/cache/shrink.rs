@@ -4,7 +4,7 @@ use std::time::Instant;
 
 use shadow::Lba;
 
-use super::{Cache, State};
+use super::{Cache, Reads, State};
 
 impl Cache {
     /// Forgets what lies behind the new end of the image: when the image grows
@@ -15,13 +15,6 @@ impl Cache {
     /// next sync takes it off its account.
     pub fn cut(&mut self, end: Lba, now: Instant) -> u64 {
         debug_assert!(!self.generations.draining);
-        for extent in self.take_wanted() {
-            if extent.end() <= end {
-                self.wanted.push(extent);
-            } else {
-                self.not_completed(extent);
-            }
-        }
         let mut dropped = 0;
         for slot in 0..self.meta.len() as u32 {
             let meta = &self.meta[slot as usize];
@@ -31,7 +24,12 @@ impl Cache {
             }
             let kept = (1 << kept) - 1;
             self.hot[slot as usize].valid &= kept;
-            if meta.state != State::Clean {
+            let (state, reads) = (meta.state, meta.reads);
+            // What is missing may be behind the new end.
+            if reads == Reads::Wanted {
+                self.end_reads(slot);
+            }
+            if state != State::Clean {
                 dropped += self.cut_dirty(slot, kept, now);
             }
         }

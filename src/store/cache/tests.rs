@@ -146,7 +146,7 @@ impl<'a> Bench<'a> {
 
     /// Reads what is wanted to complete blocks.
     fn complete(&mut self) {
-        for span in self.cache.take_wanted() {
+        while let Some(span) = self.cache.take_wanted() {
             let mut data = vec![0; span.byte_len() as usize];
             (self.disk)(&mut data, span.byte_start(), false);
             self.cache.complete(span, &data, self.now);
@@ -191,7 +191,8 @@ impl<'a> Bench<'a> {
     /// Takes a write, as soon as there is room for it.
     fn write(&mut self, extent: Extent, data: &[u8]) {
         let mut tries = 0;
-        while self.cache.write(extent, data, self.now).is_err() {
+        let owner = fair::Queue::of([2, 0, 0, 0, 0, data[1] % 3]);
+        while self.cache.write_for(owner, extent, data, self.now).is_err() {
             tries += 1;
             assert!(tries < 100, "there is never room");
             self.lent.clear();
@@ -248,15 +249,7 @@ impl<'a> Bench<'a> {
             seen[*slot as usize] += 1;
             assert_eq!(cache.meta[*slot as usize].state, State::Free);
         }
-        let mut queued = 0;
-        for (line, queue) in cache.queues.iter().enumerate() {
-            let mut slot = queue.head;
-            while slot != NONE {
-                let meta = &cache.meta[slot as usize];
-                assert_eq!((meta.state, meta.line), (State::Dirty, line as u8));
-                (slot, queued) = (meta.next, queued + 1);
-            }
-        }
+        let queued = cache.audit_lists();
         let all = cache.meta.iter().filter(|meta| meta.state == State::Dirty);
         assert_eq!(queued, all.count(), "dirty slots in the queue");
         for (slot, meta) in cache.meta.iter().enumerate() {
@@ -502,12 +495,12 @@ fn a_disk_of_whole_groups_gets_whole_groups() {
     // The first waits for what is beside it; the second is whole.
     let run = cache.next_run(cache.epoch(), 8, PLAIN).unwrap();
     assert_eq!(run.extent, extent(8, 4));
-    let wanted = cache.take_wanted();
-    assert_eq!(wanted, [extent(0, 4)], "more may be past the end");
+    let wanted = cache.take_wanted().unwrap();
+    assert_eq!(wanted, extent(0, 4), "more may be past the end");
     // Something newer comes before it does.
     cache.write(extent(2, 1), &[3; 512], now).unwrap();
-    cache.complete(wanted[0], &[9; 2048], now);
-    cache.not_completed(wanted[0]);
+    cache.complete(wanted, &[9; 2048], now);
+    cache.not_completed(wanted);
     let run = cache.next_run(cache.epoch(), 8, PLAIN).unwrap();
     assert_eq!(run.extent, extent(0, 4));
     let expected = [[9; 512], [1; 512], [3; 512], [9; 512]].concat();
@@ -734,7 +727,8 @@ fn what_was_to_be_completed_across_a_new_end_is_asked_for_again() {
     assert!(cache.next_run(cache.epoch(), 8, PLAIN).is_none());
     assert_eq!(cache.cut(Lba(2), now), 1);
     assert!(cache.next_run(cache.epoch(), 8, PLAIN).is_none());
-    assert_eq!(cache.take_wanted(), [extent(0, 2)]);
+    assert_eq!(cache.take_wanted(), Some(extent(0, 2)));
+    assert_eq!(cache.take_wanted(), None);
 }
 
 #[test]

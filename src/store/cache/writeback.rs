@@ -1,6 +1,6 @@
 //! The way of dirty sectors to stable storage.
 //!
-//! Dirty slots queue by age. A plan takes the oldest and sorts them by place; a
+//! Dirty slots stand in lists by age. A plan takes the oldest and sorts them by place; a
 //! run is what lies together of it, handed to the disk as one write. When all of
 //! a version is written, a record of it waits for the next sync; when that has
 //! succeeded, and no newer version came meanwhile, the slot is clean.
@@ -12,14 +12,8 @@ use shadow::{Extent, Lba, SECTOR};
 use super::super::fair;
 use super::epochs::Epoch;
 use super::index::NONE;
-use super::{Cache, State, runs};
+use super::{Cache, Reads, State, runs};
 use crate::sys::buffer::Body;
-
-/// Slots taken from the queue into one plan.
-const PLAN_MAX: usize = 1024;
-/// Slots at the head of the queue that may be passed over since they wait for
-/// an older version.
-const SKIP_MAX: usize = 64;
 
 /// Sectors that lie together, to be written as one.
 #[derive(Debug)]
@@ -30,22 +24,6 @@ pub struct Run {
     pub pieces: Vec<Body>,
     /// The slots they are from.
     pub slots: Vec<u32>,
-}
-
-/// A queue of slots that runs through their `previous` and `next`.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Queue {
-    pub head: u32,
-    tail: u32,
-}
-
-impl Default for Queue {
-    fn default() -> Queue {
-        Queue {
-            head: NONE,
-            tail: NONE,
-        }
-    }
 }
 
 /// Which sectors of a block must be written if some of them are: gets the block
@@ -122,26 +100,6 @@ impl Cache {
         }
     }
 
-    /// Takes the oldest of the queue, and sorts them by place. They are not
-    /// picked by their epoch: what failed, or inherited an older account, may
-    /// stand behind what is newer.
-    fn make_plan(&mut self) {
-        let mut slot = self.queues[usize::from(self.generations.line_at_hand())].head;
-        let mut skipped = 0;
-        while slot != NONE && self.plan.len() < PLAN_MAX && skipped < SKIP_MAX {
-            let meta = self.meta[slot as usize];
-            if meta.waits || meta.reads {
-                skipped += 1;
-            } else {
-                self.queue_remove(slot);
-                self.meta[slot as usize].state = State::Planned;
-                self.plan.push_back(meta.block);
-            }
-            slot = meta.next;
-        }
-        self.plan.make_contiguous().sort_unstable();
-    }
-
     /// Freezes a version for writing; `false` if something of its groups must
     /// be read first.
     fn begin_writing(&mut self, slot: u32, shape: Shape) -> bool {
@@ -172,15 +130,7 @@ impl Cache {
             return false;
         }
         if mask & !self.hot[slot as usize].valid != 0 {
-            // Back to the end of the queue until the rest has been read: the
-            // groups alone, since the block may reach past the end of the disk.
-            let (first, last) = (mask.trailing_zeros(), 63 - mask.leading_zeros());
-            let start = Lba(meta.block * self.sectors + u64::from(first));
-            meta.state = State::Dirty;
-            meta.reads = true;
-            self.queue_back(slot);
-            self.wanted
-                .extend(Extent::new(start, u64::from(last - first + 1)));
+            self.want(slot, mask);
             return false;
         }
         meta.state = State::Writing;
@@ -230,8 +180,8 @@ impl Cache {
                 break;
             };
             let meta = self.meta[next as usize];
-            let ready =
-                matches!(meta.state, State::Planned | State::Dirty) && !(meta.waits || meta.reads);
+            let ready = matches!(meta.state, State::Planned | State::Dirty)
+                && !(meta.waits || meta.reads != Reads::No);
             // Only what can be joined: from its first sector, without reading.
             let whole = self.group == 1
                 || self.hot[next as usize].valid.count_ones() as u64 == self.sectors;
@@ -247,20 +197,6 @@ impl Cache {
             slot = next;
         }
         run
-    }
-
-    /// What must be read before it can be written back.
-    pub fn take_wanted(&mut self) -> Vec<Extent> {
-        std::mem::take(&mut self.wanted)
-    }
-
-    /// What was wanted could not be read now; it is wanted again in its turn.
-    pub fn not_completed(&mut self, extent: Extent) {
-        for piece in self.pieces(extent) {
-            if let Some(slot) = self.at_hand(piece.block) {
-                self.meta[slot as usize].reads = false;
-            }
-        }
     }
 
     /// Completes a block that is being written in parts with what the disk has
@@ -282,6 +218,7 @@ impl Cache {
             let Some(fresh) = self.take_slot() else {
                 continue;
             };
+            self.end_reads(old);
             for (first, count) in runs(valid) {
                 let (at, len) = super::Piece {
                     first,
@@ -510,44 +447,6 @@ impl Cache {
             let dirty = slot.map_or(0, |slot| self.meta[slot as usize].dirty);
             dirty & piece.mask() == piece.mask()
         })
-    }
-
-    pub(super) fn queue_back(&mut self, slot: u32) {
-        let line = self.meta[slot as usize].line;
-        let tail = self.queues[usize::from(line)].tail;
-        self.link(line, tail, slot);
-        self.link(line, slot, NONE);
-    }
-
-    fn queue_front(&mut self, slot: u32) {
-        let line = self.meta[slot as usize].line;
-        let head = self.queues[usize::from(line)].head;
-        self.link(line, slot, head);
-        self.link(line, NONE, slot);
-    }
-
-    pub(super) fn queue_replace(&mut self, old: u32, new: u32) {
-        let meta = self.meta[old as usize];
-        self.link(meta.line, meta.previous, new);
-        self.link(meta.line, new, meta.next);
-    }
-
-    pub(super) fn queue_remove(&mut self, slot: u32) {
-        let meta = self.meta[slot as usize];
-        self.link(meta.line, meta.previous, meta.next);
-    }
-
-    /// Makes `b` follow `a` in a queue, whose ends stand for [`NONE`].
-    fn link(&mut self, line: u8, a: u32, b: u32) {
-        let queue = &mut self.queues[usize::from(line)];
-        match a {
-            NONE => queue.head = b,
-            a => self.meta[a as usize].next = b,
-        }
-        match b {
-            NONE => queue.tail = a,
-            b => self.meta[b as usize].previous = a,
-        }
     }
 }
 

@@ -26,6 +26,9 @@ const PREFETCHES_MAX: usize = 16;
 /// Verifies in flight. Nobody waits for their data, and each is long for the few
 /// bytes that ask for it.
 const VERIFIES_MAX: usize = 2;
+/// Reads in flight that complete blocks: few, since all else that needs the disk waits
+/// behind them.
+const COMPLETES_MAX: usize = 16;
 /// For so many reads after one that had to wait for the disk the page cache is
 /// told what comes next.
 const COLD: u16 = 4096;
@@ -386,6 +389,7 @@ impl Volume {
         }
         self.reading += usize::from(fill.is_read());
         self.verifying += usize::from(fill.verifies.is_some());
+        self.completing += usize::from(fill.completes);
         fill.held = self.cache.hold(fill.span);
         let view = self.view.as_ref().filter(|view| !view.is_plain());
         if let Some(parts) = view.and_then(|view| view.parts(fill.span)) {
@@ -417,7 +421,10 @@ impl Volume {
 
     /// Reads blocks whole that are to be written back whole.
     pub(super) fn fill_wanted(&mut self) {
-        for span in self.cache.take_wanted() {
+        while self.completing < COMPLETES_MAX && !self.free.is_empty() {
+            let Some(span) = self.cache.take_wanted() else {
+                return;
+            };
             let fill = Fill {
                 completes: true,
                 ..Fill::of(span)
@@ -425,6 +432,7 @@ impl Volume {
             let begun = self.buffer_for(span).and_then(|buf| self.fill(fill, buf));
             if begun.is_err() {
                 self.cache.not_completed(span);
+                return;
             }
         }
     }
@@ -465,6 +473,7 @@ impl Volume {
         self.reading -= usize::from(fill.is_read());
         self.reads_ended += usize::from(fill.is_read());
         self.verifying -= usize::from(fill.verifies.is_some());
+        self.completing -= usize::from(fill.completes);
         if fill.merges {
             let mut data = data;
             self.merge_fill_ended(fill.span, data.as_deref_mut(), now);

@@ -133,8 +133,13 @@ impl Volume {
         let many = self.cache.awaiting_sync() >= self.cache.slots() as usize / 8;
         let waits = !self.writes.is_empty() || self.health.has_waiting();
         let pressed = waits && self.writing == 0;
+        // What is flushed for its age need not wait for all that another has written.
+        let rest = now.saturating_duration_since(self.sync_began);
+        let late = self.flushing.is_some()
+            && self.cache.has_several_owners()
+            && rest >= self.options.max_dirty_age / 4;
         let wanted = [self.round, self.flushing, self.freeze_wants()];
-        if wanted.into_iter().any(ready) || many || pressed || failing {
+        if wanted.into_iter().any(ready) || many || pressed || late || failing {
             self.round = None;
             self.sync_began = now;
             self.window.share(now);

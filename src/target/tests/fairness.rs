@@ -50,6 +50,9 @@ struct Line {
     /// Pages of the page cache: when each is there, or was begun to be read for
     /// longer than this.
     pages: HashMap<u64, Instant>,
+    /// When the sync in flight began, and when the last one that has ended did.
+    sync_began: Option<Instant>,
+    synced: Option<Instant>,
 }
 
 impl Line {
@@ -75,6 +78,9 @@ impl Line {
 impl Disk for Slow {
     fn submit(&mut self, id: JobId, job: Job) {
         let mut line = self.line.borrow_mut();
+        if matches!(job, Job::Sync) {
+            line.sync_began = Some(line.now);
+        }
         let begun = match &job {
             Job::Read { at, .. } => line.pages.get(&(at / 4096)).copied(),
             _ => None,
@@ -95,6 +101,9 @@ impl Disk for Slow {
         let next = line.jobs.front();
         next.filter(|(ends, ..)| *ends <= line.now)?;
         let (_, id, job) = line.jobs.pop_front()?;
+        if matches!(job, Job::Sync) {
+            line.synced = line.sync_began;
+        }
         line.engine.submit(id, job);
         line.engine.reap()
     }
@@ -211,6 +220,8 @@ impl Hall {
             warm: plan.warm,
             direct: plan.direct,
             pages: HashMap::new(),
+            sync_began: None,
+            synced: None,
         }));
         let disk = Box::new(Slow {
             line: Rc::clone(&line),
@@ -614,4 +625,62 @@ fn half_blocks_of_one_leave_another_its_cached_writes() {
     };
     let ratio = ratio(plan, polite, half_blocks, Duration::from_secs(1));
     assert!(ratio >= LEAST, "{ratio:.2} of what it gets alone");
+}
+
+/// How long a write of one takes to be on stable storage while another writes.
+fn age(plan: Plan, hostile: fn() -> Host, write: fn() -> Ask) -> Duration {
+    let mut hall = Hall::new(plan);
+    hall.hosts = vec![hostile()];
+    // Until the hostile one has all that it can have.
+    hall.run(Duration::from_secs(3));
+    let before = hall.now;
+    let once = Pace::Open(Duration::from_secs(3600));
+    hall.hosts.push(Host::new(ALICE, once, move |_| write()));
+    hall.hosts[1].next = before;
+    let (mut sector, mut written) = ([0; 512], None);
+    while hall.now - before < Duration::from_secs(30) {
+        hall.turn();
+        let line = hall.line.borrow();
+        assert!(line.engine.try_now(&mut sector, 99 * 512));
+        if sector[0] == 9 {
+            let written = *written.get_or_insert(hall.now);
+            if line.synced.is_some_and(|synced| synced >= written) {
+                break;
+            }
+        }
+    }
+    hall.now - before
+}
+
+/// Writes of half blocks, or of whole blocks, of the disk, one far from the other.
+fn flood_of_halves() -> Host {
+    Host::new(BOB, every(8000), |n| {
+        Ask::write(place(n, 1), &sectors(1, 1))
+    })
+}
+
+fn flood_of_blocks() -> Host {
+    Host::new(BOB, every(8000), |n| {
+        Ask::write(place(n, 1), &sectors(1, 2))
+    })
+}
+
+#[test]
+fn a_flood_of_writes_of_one_leaves_another_s_writes_their_age() {
+    let plan = Plan {
+        direct: true,
+        align: 1024,
+        slots: 16384,
+        ..PLAN
+    };
+    let whole = || Ask::write(98, &sectors(9, 2));
+    let half = || Ask::write(99, &sectors(9, 1));
+    let took = [
+        age(plan, flood_of_halves, whole),
+        age(plan, flood_of_halves, half),
+        age(plan, flood_of_blocks, whole),
+    ];
+    // And one sync.
+    let most = MAX_DIRTY_AGE + Duration::from_secs(1);
+    assert!(took.iter().all(|took| *took < most), "{took:?}");
 }
