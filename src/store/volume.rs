@@ -19,6 +19,7 @@ mod discards;
 mod freeze;
 mod frozen;
 mod health;
+mod marks;
 mod merge;
 mod progress;
 mod reads;
@@ -47,6 +48,7 @@ use bufs::Bufs;
 use discards::Discards;
 use freeze::{COMMIT, FORGET, Freezing, STEP};
 use health::Health;
+use marks::Marks;
 use merge::Merge;
 use progress::Progress;
 use reads::{Fill, Stream, WaitingRead};
@@ -213,6 +215,7 @@ pub struct Volume {
     /// Writes that wait for a slot or behind others, and who has how many bytes.
     writes: FairQueue<WaitingWrite>,
     write_bytes: Shares,
+    write_marks: Marks,
     discards: Discards,
     /// Of the last write or discard that had to wait.
     sequence: u64,
@@ -292,6 +295,7 @@ impl Volume {
                 (options.parked_max + options.parked_max / HEADROOM_SHARE) as u64,
                 (options.parked_max / HEADROOM_SHARE) as u64,
             ),
+            write_marks: Marks::new(),
             discards: Discards::new(),
             sequence: 0,
             held_reads: VecDeque::new(),

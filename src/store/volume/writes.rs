@@ -111,6 +111,7 @@ impl Volume {
         };
         let pushed = self.writes.push(queue, fair::cost(bytes), write);
         pushed.map_err(|_| Refused::NoRoom)?;
+        self.write_marks.add(extent);
         self.write_bytes.take(queue, bytes);
         Ok(Write::Parked)
     }
@@ -126,9 +127,14 @@ impl Volume {
         if !self.discards.is_empty() && self.discards.precede(sequence, extent) {
             return true;
         }
+        // One that waits itself has a mark of its own.
+        let own = u16::from(sequence != u64::MAX);
+        if self.writes.is_empty() || !self.write_marks.may_overlap(extent, own) {
+            return false;
+        }
         let older =
             |write: &WaitingWrite| write.sequence < sequence && write.extent.overlaps(extent);
-        !self.writes.is_empty() && self.writes.iter().any(|(_, write)| older(write))
+        self.writes.iter().any(|(_, write)| older(write))
     }
 
     /// `true` if no write or discard waits.
@@ -216,6 +222,12 @@ impl Volume {
         Ok(())
     }
 
+    fn pop_write(&mut self, queue: Queue) -> Option<WaitingWrite> {
+        let write = self.writes.pop(queue)?;
+        self.write_marks.remove(write.extent);
+        Some(write)
+    }
+
     /// Takes what waits as far as it goes, each initiator's in its turn.
     pub(super) fn start_waiting(&mut self, now: Instant) {
         self.start_discards(now);
@@ -234,7 +246,7 @@ impl Volume {
                 continue;
             }
             if self.health.concerns(extent) {
-                let Some(write) = self.writes.pop(queue) else {
+                let Some(write) = self.pop_write(queue) else {
                     return;
                 };
                 self.push_trial(Trial {
@@ -254,7 +266,7 @@ impl Volume {
                 passed.add(queue);
                 continue;
             };
-            let Some(write) = self.writes.pop(queue) else {
+            let Some(write) = self.pop_write(queue) else {
                 return;
             };
             self.overtake_fills(extent);
@@ -276,6 +288,7 @@ impl Volume {
     /// Ends writes that have waited: they are not done.
     pub(super) fn fail_writes(&mut self, writes: Vec<(Queue, WaitingWrite)>) {
         for (queue, write) in writes {
+            self.write_marks.remove(write.extent);
             self.write_bytes.release(queue, write.data.len() as u64);
             self.bufs.put(write.data.buf);
             self.complete(write.token, None, false);
