@@ -406,13 +406,17 @@ fn named(path: &Path, spec: &Spec) -> Result<Shadow<ShadowFile>, Trouble> {
     })
 }
 
+/// `true` if the filesystem of this empty file keeps holes: the file gets a length.
+pub fn keeps_holes(file: &File) -> io::Result<bool> {
+    file.set_len(PROBE)?;
+    Ok(file.metadata()?.blocks() * 512 <= PROBE_MAX)
+}
+
 fn fill(file: File, spec: &Spec) -> Result<Shadow<ShadowFile>, Trouble> {
     let step = |what| move |e| Trouble::System(what, e);
     let ShadowFile(file) = ShadowFile::lock(file, Access::Change)?;
     // A small file first: a filesystem without holes would fill the large one.
-    file.set_len(PROBE).map_err(step("giving it a length"))?;
-    let taken = file.metadata().map_err(step("looking at it"))?.blocks() * 512;
-    if taken > PROBE_MAX {
+    if !keeps_holes(&file).map_err(step("giving it a length"))? {
         return Err(Trouble::NoHoles);
     }
     let len = spec.geometry.data_end();

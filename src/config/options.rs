@@ -13,13 +13,8 @@ use super::cli::Cli;
 use super::size;
 use super::tuneup::{Tuneup, TuneupError};
 use crate::access::Policy;
-use crate::store::{Create, Doubtful, ImageOptions, Window};
+use crate::store::{ARENAS, CLAIMS, Create, Doubtful, ImageOptions, RUN_DIRS, Window};
 use crate::wire::{Address, MacAddr, mask};
-
-/// Where a run directory is unless told.
-const RUN_DIRS: [&str; 2] = ["/run/aoede", "/dev/shm/aoede"];
-/// Its folders, which hold nothing but what aoede makes.
-const RUN_SUBDIRS: [&str; 3] = ["arena", "claims", "control"];
 
 /// Where messages go.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -417,7 +412,7 @@ fn check_pid_file(
     } else if name.ends_with(".toml") && is_in(state_dir) {
         "is a name of the state directory's"
     } else if run_dirs().any(|dir| is_in(dir) && name.ends_with(".arena"))
-        || run_dirs().any(|dir| RUN_SUBDIRS.iter().any(|sub| is_in(&dir.join(sub))))
+        || run_dirs().any(|dir| [ARENAS, CLAIMS].iter().any(|sub| is_in(&dir.join(sub))))
     {
         "is a name of the run directory's"
     } else {

@@ -11,7 +11,7 @@ use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use crate::store::RunDir;
+use crate::store::{CLAIMS, RunDir};
 use crate::sys::lock::{self, Holder, Lock};
 use crate::wire::Address;
 
@@ -19,8 +19,6 @@ use crate::wire::Address;
 /// restart.
 const PATIENCE: Duration = Duration::from_secs(2);
 const RETRY: Duration = Duration::from_millis(20);
-/// The directory's name in the run directory.
-const CLAIMS: &str = "claims";
 
 /// An address on one interface, ours as long as this lives.
 #[derive(Debug)]

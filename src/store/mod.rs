@@ -35,7 +35,7 @@ pub use recover::{
     ArenaOptions, Doubtful, Prepared, Record, RecoverError, RecoverTrouble, Unreplayed,
     block_bytes, prepare,
 };
-pub use run_dir::{RunDir, RunDirError, RunDirTrouble};
+pub use run_dir::{ARENAS, CLAIMS, RUN_DIRS, RunDir, RunDirError, RunDirTrouble};
 pub use shadow::{FoundShadow, ShadowError, ShadowOptions, ShadowStore, find_shadow};
 pub use state::{StateError, StateFile};
 pub use uring::UringDisk;

@@ -32,7 +32,7 @@ pub(super) use replay::bring;
 use super::arena::{Arena, ArenaTrouble, Head, content};
 use super::disk::Backing;
 use super::image::Image;
-use super::run_dir::{RunDir, RunDirError, is_memory};
+use super::run_dir::{ARENAS, RunDir, RunDirError, is_memory};
 use super::shadow::FoundShadow;
 
 use changed::Seen;
@@ -45,8 +45,6 @@ const BLOCK: usize = 4096;
 const SLOTS_MIN: u64 = 64;
 /// The part of the new cache that sectors may take which the image does not take.
 const UNREPLAYED_SHARE: u64 = 8;
-/// The directory of the arenas in the run directory.
-const ARENAS: &str = "arena";
 
 /// Where an arena is kept, and how large.
 #[derive(Clone, Debug)]

@@ -4,6 +4,7 @@
 //! ```text
 //! DIR         0755, owned by the user we run as, or by root
 //! DIR/arena   0700, owned by the user we run as: the caches' arenas, files of 0600
+//! DIR/claims  0700, owned by the user we run as: the addresses that are served
 //! ```
 //!
 //! What hosts write lies in there, so nobody else may read it, and nobody else
@@ -18,6 +19,12 @@ use std::path::{Path, PathBuf};
 use nix::sys::statfs::{TMPFS_MAGIC, statfs};
 use nix::unistd::geteuid;
 
+/// Where the run directory is unless told: the second where `/run` is not in memory.
+pub const RUN_DIRS: [&str; 2] = ["/run/aoede", "/dev/shm/aoede"];
+/// The directory of the arenas in it.
+pub const ARENAS: &str = "arena";
+/// The directory of the addresses that are served.
+pub const CLAIMS: &str = "claims";
 /// Permissions of the run directory, and of a private one in it.
 const SHARED: u32 = 0o755;
 const PRIVATE: u32 = 0o700;
@@ -196,12 +203,13 @@ pub(super) fn is_memory(path: &Path) -> bool {
 }
 
 fn default_path() -> PathBuf {
-    let (run, shm) = (Path::new("/run"), Path::new("/dev/shm"));
-    if is_memory(run) || !is_memory(shm) {
-        run.join("aoede")
+    let [run, shm] = RUN_DIRS;
+    let has_memory = |path: &str| Path::new(path).parent().is_some_and(is_memory);
+    PathBuf::from(if has_memory(run) || !has_memory(shm) {
+        run
     } else {
-        shm.join("aoede")
-    }
+        shm
+    })
 }
 
 #[cfg(test)]

@@ -51,8 +51,13 @@ pub enum ImageTrouble {
 
 impl fmt::Display for ImageError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "image {}: ", self.path.display())?;
-        match &self.why {
+        write!(f, "image {}: {}", self.path.display(), self.why)
+    }
+}
+
+impl fmt::Display for ImageTrouble {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
             ImageTrouble::Missing => {
                 f.write_str("there is none; correct the path or make one with --create SIZE")
             }

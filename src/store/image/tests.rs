@@ -1,4 +1,6 @@
 use super::*;
+use crate::store::shadow::ShadowedImage;
+use std::time::Duration;
 
 fn options(path: &Path) -> ImageOptions {
     ImageOptions {
@@ -15,6 +17,26 @@ fn image_of(bytes: u64) -> tempfile::NamedTempFile {
     let file = tempfile::NamedTempFile::new().unwrap();
     file.as_file().set_len(bytes).unwrap();
     file
+}
+
+#[test]
+fn a_shadow_is_told_in_words_that_the_image_is_too_short() {
+    let file = image_of(10 * 512);
+    let window = Window {
+        offset: 4,
+        length: Some(6),
+    };
+    let options = ImageOptions {
+        window,
+        ..options(file.path())
+    };
+    let image = Image::open(&options).unwrap();
+    file.as_file().set_len(8 * 512).unwrap();
+    let told = ShadowedImage::bounds(&image).unwrap_err();
+    assert!(
+        told.contains("lead past its end, it has 8 sectors"),
+        "{told}"
+    );
 }
 
 #[test]

@@ -93,7 +93,7 @@ impl ShadowedImage for Image {
     }
 
     fn bounds(&self) -> Result<Bounds, String> {
-        Image::bounds(self).map_err(|e| format!("{e:?}"))
+        Image::bounds(self).map_err(|e| e.to_string())
     }
 
     fn is_read_only(&self) -> bool {
@@ -198,12 +198,7 @@ pub(super) fn probe(path: &Path) -> Result<(), ShadowError> {
     let paths = Paths::of(path);
     let directory = path.parent().unwrap_or(Path::new("/"));
     let file = tempfile::tempfile_in(directory).map_err(fail("making a file beside it"))?;
-    const LEN: u64 = 4 << 20;
-    file.set_len(LEN).map_err(fail("giving a file a length"))?;
-    let taken = std::os::unix::fs::MetadataExt::blocks(
-        &file.metadata().map_err(fail("looking at a file"))?,
-    ) * 512;
-    if taken > LEN / 4 {
+    if !paths::keeps_holes(&file).map_err(fail("giving a file a length"))? {
         return Err(ShadowError::Path(PathError {
             path: paths.shadow,
             why: paths::Trouble::NoHoles,
