@@ -71,7 +71,7 @@ mod file;
 mod files;
 mod format;
 mod identity;
-mod lock;
+pub mod lock;
 mod map;
 mod open;
 mod overlay;

@@ -1,55 +1,112 @@
-//! Locks of a whole file, of its open file description.
+//! Locks of open file descriptions, and how long one that is held is asked for.
 
 use std::fs::File;
 use std::io;
 use std::time::{Duration, Instant};
 
-use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, fcntl};
 use nix::libc;
 
-/// How long a lock that someone still holds is asked for again: io_uring may
-/// keep a dead target's file open for a moment.
+/// How long a lock that a process holds is asked for again, as after a restart:
+/// io_uring may keep a dead process's file open for a moment.
 const PATIENCE: Duration = Duration::from_secs(2);
 const RETRY: Duration = Duration::from_millis(20);
 
 /// Kinds of lock.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Lock {
-    /// Several may hold it.
+pub enum Lock {
+    /// Several may hold it; needs only a file open for reading.
     Shared,
-    /// One holds it.
+    /// One holds it; needs a file open for writing.
     Exclusive,
+    /// Gives the bytes up.
+    None,
 }
 
-/// Locks a file; `false` if someone else holds it for longer than we wait.
-pub(crate) fn lock_patiently(file: &File, lock: Lock) -> io::Result<bool> {
-    let deadline = Instant::now() + PATIENCE;
-    while !lock_now(file, lock)? {
-        if Instant::now() >= deadline {
-            return Ok(false);
-        }
-        std::thread::sleep(RETRY);
-    }
-    Ok(true)
+/// Locks bytes of a file without waiting; a length of 0 is to the end, wherever
+/// that will be. The lock belongs to the open file description and goes with it.
+pub fn set(file: &File, lock: Lock, start: i64, len: i64) -> io::Result<()> {
+    let request = request(lock, start, len);
+    Ok(fcntl(file, FcntlArg::F_OFD_SETLK(&request)).map(drop)?)
 }
 
-/// Locks a file; `false` if someone else holds it.
-pub(crate) fn lock_now(file: &File, lock: Lock) -> io::Result<bool> {
+/// Returns what the kernel is asked for with such a lock.
+pub fn request(lock: Lock, start: i64, len: i64) -> libc::flock {
     let kind = match lock {
         Lock::Shared => libc::F_RDLCK,
         Lock::Exclusive => libc::F_WRLCK,
+        Lock::None => libc::F_UNLCK,
     };
-    let lock = libc::flock {
-        l_type: kind as libc::c_short,
-        l_whence: libc::SEEK_SET as libc::c_short,
-        l_start: 0,
-        l_len: 0,
+    libc::flock {
+        l_type: kind as i16,
+        l_whence: libc::SEEK_SET as i16,
+        l_start: start,
+        l_len: len,
         l_pid: 0,
-    };
-    match fcntl(file, FcntlArg::F_OFD_SETLK(&lock)) {
-        Ok(_) => Ok(true),
-        Err(Errno::EAGAIN | Errno::EACCES) => Ok(false),
-        Err(e) => Err(e.into()),
+    }
+}
+
+/// `true` if [`set`] failed because another process holds such a lock.
+pub fn is_held(e: &io::Error) -> bool {
+    matches!(e.raw_os_error(), Some(libc::EAGAIN | libc::EACCES))
+}
+
+/// Does something again for two seconds while it fails because a process holds what
+/// it needs.
+pub fn patiently<T, E>(
+    mut attempt: impl FnMut() -> Result<T, E>,
+    is_held: impl Fn(&E) -> bool,
+) -> Result<T, E> {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        match attempt() {
+            Err(e) if is_held(&e) && Instant::now() < deadline => std::thread::sleep(RETRY),
+            result => return result,
+        }
+    }
+}
+
+/// Locks a file as a whole; `false` if another process holds it for longer than we
+/// wait.
+pub(crate) fn lock_patiently(file: &File, lock: Lock) -> io::Result<bool> {
+    is_ours(patiently(|| set(file, lock, 0, 0), is_held))
+}
+
+/// The same without waiting.
+pub(crate) fn lock_now(file: &File, lock: Lock) -> io::Result<bool> {
+    is_ours(set(file, lock, 0, 0))
+}
+
+fn is_ours(locked: io::Result<()>) -> io::Result<bool> {
+    match locked {
+        Err(e) if is_held(&e) => Ok(false),
+        locked => locked.map(|()| true),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_held_is_asked_for_again_and_what_fails_is_not() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let open = || File::options().read(true).write(true).open(file.path());
+        let (ours, theirs) = (open().unwrap(), open().unwrap());
+        set(&theirs, Lock::Exclusive, 0, 0).unwrap();
+        let mut attempts = 0;
+        let attempt = || {
+            attempts += 1;
+            if attempts == 3 {
+                set(&theirs, Lock::None, 0, 0).unwrap();
+            }
+            set(&ours, Lock::Exclusive, 0, 0)
+        };
+        patiently(attempt, is_held).unwrap();
+        assert_eq!(attempts, 3);
+        let start = Instant::now();
+        let attempt = || Err::<(), _>(io::Error::from_raw_os_error(libc::EIO));
+        patiently(attempt, is_held).unwrap_err();
+        assert!(start.elapsed() < PATIENCE);
     }
 }

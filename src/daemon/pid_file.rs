@@ -6,15 +6,11 @@ use std::fs::{self, File, OpenOptions, Permissions};
 use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use crate::sys::lock::{self, Lock, Process};
+use crate::sys::lock::{self, Lock, Process, patiently};
 use crate::sys::process::started;
 
-/// How long a file that another process has is asked for again, as after a
-/// restart.
-const PATIENCE: Duration = Duration::from_secs(2);
-const RETRY: Duration = Duration::from_millis(20);
 /// The longest content: a process id of 10 digits and a line end.
 const CONTENT_MAX: u64 = 11;
 /// How much later than a file was written its process may seem to have begun,
@@ -110,16 +106,11 @@ impl PidFile {
     /// says as it is. One that another process has is asked for again for two
     /// seconds.
     pub fn open(path: &Path) -> Result<PidFile, PidFileError> {
-        let deadline = Instant::now() + PATIENCE;
-        loop {
-            match PidFile::try_open(path) {
-                Err(Trouble::Taken(_)) if Instant::now() < deadline => std::thread::sleep(RETRY),
-                result => {
-                    let path = path.to_owned();
-                    return result.map_err(|why| PidFileError { path, why });
-                }
-            }
-        }
+        let is_taken = |why: &Trouble| matches!(why, Trouble::Taken(_));
+        patiently(|| PidFile::try_open(path), is_taken).map_err(|why| PidFileError {
+            path: path.to_owned(),
+            why,
+        })
     }
 
     /// The same at once; `Taken` also if the path changed meanwhile.

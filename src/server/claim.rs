@@ -9,16 +9,10 @@ use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
 
 use crate::store::{CLAIMS, RunDir};
-use crate::sys::lock::{self, Holder, Lock};
+use crate::sys::lock::{self, Holder, Lock, patiently};
 use crate::wire::Address;
-
-/// How long an address that a process still holds is asked for again, as after a
-/// restart.
-const PATIENCE: Duration = Duration::from_secs(2);
-const RETRY: Duration = Duration::from_millis(20);
 
 /// An address on one interface, ours as long as this lives.
 #[derive(Debug)]
@@ -62,36 +56,32 @@ pub(super) fn take(dir: &Path, address: Address, nic: &str) -> Result<Claim, Cla
     // Interfaces of other namespaces may have the same name.
     let namespace = fs::metadata("/proc/self/ns/net").map_or(0, |m| m.ino());
     let path = dir.join(format!("{namespace}-{nic}-{address}"));
-    let deadline = Instant::now() + PATIENCE;
-    loop {
-        match Claim::try_take(&path) {
-            Ok(Some(claim)) => return Ok(claim),
-            Err(e) => return Err(ClaimError::System(e)),
-            Ok(None) if Instant::now() < deadline => std::thread::sleep(RETRY),
-            Ok(None) => return Err(ClaimError::Taken(holder(&path))),
-        }
-    }
+    let is_taken = |e: &ClaimError| matches!(e, ClaimError::Taken(_));
+    patiently(|| Claim::try_take(&path), is_taken).map_err(|e| match e {
+        ClaimError::Taken(_) => ClaimError::Taken(holder(&path)),
+        e => e,
+    })
 }
 
 impl Claim {
-    /// `None` while another has it.
-    fn try_take(path: &Path) -> io::Result<Option<Claim>> {
+    /// `Taken` by nobody in particular while another has it.
+    fn try_take(path: &Path) -> Result<Claim, ClaimError> {
         let mut how = OpenOptions::new();
         how.read(true).write(true).create(true).truncate(false);
         how.mode(0o600).custom_flags(libc::O_NOFOLLOW);
-        let file = how.open(path)?;
-        match lock::set(&file, Lock::Exclusive, 0, 0) {
-            Ok(()) => {}
-            Err(e) if matches!(e.raw_os_error(), Some(libc::EAGAIN | libc::EACCES)) => {
-                return Ok(None);
-            }
-            Err(e) => return Err(e),
-        }
+        let file = how.open(path).map_err(ClaimError::System)?;
+        lock::set(&file, Lock::Exclusive, 0, 0).map_err(|e| match lock::is_held(&e) {
+            true => ClaimError::Taken(None),
+            false => ClaimError::System(e),
+        })?;
         // The last holder may have removed the file before we had the lock.
-        Ok(is_at(path, &file).then(|| Claim {
-            path: path.to_owned(),
-            file,
-        }))
+        match is_at(path, &file) {
+            true => Ok(Claim {
+                path: path.to_owned(),
+                file,
+            }),
+            false => Err(ClaimError::Taken(None)),
+        }
     }
 }
 
@@ -138,7 +128,10 @@ mod tests {
         let waits = std::thread::spawn(move || take(&path, address(1), "eth0"));
         drop(first);
         let second = waits.join().unwrap().unwrap();
-        assert!(matches!(Claim::try_take(&second.path), Ok(None)));
+        assert!(matches!(
+            Claim::try_take(&second.path),
+            Err(ClaimError::Taken(None))
+        ));
         drop((second, other, third));
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
     }

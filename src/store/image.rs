@@ -8,7 +8,7 @@ use std::io::{self, IoSlice};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant, UNIX_EPOCH};
+use std::time::UNIX_EPOCH;
 
 use nix::fcntl::{
     FallocateFlags, FcntlArg, OFlag, PosixFadviseAdvice, fallocate, fcntl, posix_fadvise,
@@ -25,15 +25,11 @@ use super::run_dir::PRIVATE_FILE;
 use super::volume::Bounds;
 use crate::sys::buffer::{Body, Buf};
 use crate::sys::file::{block_device, direct_align, is_cached, push, read_now};
-use crate::sys::lock::{self, Holder, Lock};
+use crate::sys::lock::{self, Holder, Lock, patiently};
 
 pub use error::{ImageError, ImageTrouble};
 pub use in_use::User;
 
-/// How long a lock that someone still holds is asked for again: io_uring may
-/// keep a dead process's file open for a moment.
-const LOCK_PATIENCE: Duration = Duration::from_secs(2);
-const LOCK_RETRY: Duration = Duration::from_millis(20);
 /// Alignment of direct I/O where the kernel does not tell it.
 const DIRECT_DEFAULT: u32 = 4096;
 /// The most bytes of a file that one call discards. A process that is killed ends only
@@ -148,8 +144,8 @@ impl Image {
                 return Err(ImageTrouble::Busy(Some(user)));
             }
         }
-        let file = patiently(|| open(options, is_device))?;
-        patiently(|| lock(&file, options)).map_err(|why| match why {
+        let file = patiently(|| open(options, is_device), is_held)?;
+        patiently(|| lock(&file, options), is_held).map_err(|why| match why {
             ImageTrouble::Locked(_) => ImageTrouble::Locked(holder(&file, options)),
             other => other,
         })?;
@@ -467,17 +463,9 @@ impl Backing for Image {
     }
 }
 
-/// Does it again while someone holds what we need, up to [`LOCK_PATIENCE`].
-fn patiently<T>(mut f: impl FnMut() -> Result<T, ImageTrouble>) -> Result<T, ImageTrouble> {
-    let deadline = Instant::now() + LOCK_PATIENCE;
-    loop {
-        match f() {
-            Err(ImageTrouble::Locked(_) | ImageTrouble::Busy(_)) if Instant::now() < deadline => {
-                std::thread::sleep(LOCK_RETRY);
-            }
-            result => return result,
-        }
-    }
+/// `true` if a process holds what we need.
+fn is_held(why: &ImageTrouble) -> bool {
+    matches!(why, ImageTrouble::Locked(_) | ImageTrouble::Busy(_))
 }
 
 fn open(options: &ImageOptions, is_device: bool) -> Result<File, ImageTrouble> {
@@ -541,9 +529,9 @@ fn range(options: &ImageOptions) -> Result<(Lock, i64, i64), ImageTrouble> {
 /// goes with it, and only with it.
 fn lock(file: &File, options: &ImageOptions) -> Result<(), ImageTrouble> {
     let (kind, start, len) = range(options)?;
-    lock::set(file, kind, start, len).map_err(|e| match e.raw_os_error() {
-        Some(libc::EAGAIN | libc::EACCES) => ImageTrouble::Locked(None),
-        _ => ImageTrouble::System("locking it", e),
+    lock::set(file, kind, start, len).map_err(|e| match lock::is_held(&e) {
+        true => ImageTrouble::Locked(None),
+        false => ImageTrouble::System("locking it", e),
     })
 }
 

@@ -7,17 +7,9 @@ use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use nix::fcntl::{FcntlArg, fcntl};
+use shadow::lock::request;
 
-/// Kinds of lock.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Lock {
-    /// Several may hold it; needs only a file open for reading.
-    Shared,
-    /// One holds it; needs a file open for writing.
-    Exclusive,
-    /// Gives the bytes up.
-    None,
-}
+pub use shadow::lock::{Lock, is_held, patiently, set};
 
 /// A lock of someone else that is in the way.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -51,13 +43,6 @@ impl fmt::Display for Process {
     }
 }
 
-/// Locks bytes of a file without waiting; a length of 0 is to the end, wherever
-/// that will be. The lock belongs to the open file description and goes with it.
-pub fn set(file: &File, lock: Lock, start: i64, len: i64) -> io::Result<()> {
-    let request = request(lock, start, len);
-    Ok(fcntl(file, FcntlArg::F_OFD_SETLK(&request)).map(drop)?)
-}
-
 /// Returns who keeps [`set`] from locking these bytes; `None` if nobody does.
 pub fn holder(file: &File, lock: Lock, start: i64, len: i64) -> io::Result<Option<Holder>> {
     let mut answer = request(lock, start, len);
@@ -73,21 +58,6 @@ pub fn holder(file: &File, lock: Lock, start: i64, len: i64) -> io::Result<Optio
         pid => Some(pid),
     };
     Ok(Some(Holder { lock, pid }))
-}
-
-fn request(lock: Lock, start: i64, len: i64) -> libc::flock {
-    let kind = match lock {
-        Lock::Shared => libc::F_RDLCK,
-        Lock::Exclusive => libc::F_WRLCK,
-        Lock::None => libc::F_UNLCK,
-    };
-    libc::flock {
-        l_type: kind as i16,
-        l_whence: libc::SEEK_SET as i16,
-        l_start: start,
-        l_len: len,
-        l_pid: 0,
-    }
 }
 
 /// The process with a descriptor of this file that carries a lock from `start`

@@ -2,7 +2,6 @@
 
 use std::io;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
 
 use shadow::stamp::Clocks;
 use shadow::{BlockFile, SECTOR, Verdict};
@@ -16,11 +15,8 @@ use super::record::{self, Left, tell_all};
 use super::removal::{discard, discard_aside, remove, remove_arena, remove_record, set_aside};
 use super::runs::{Piece, Writer, is_bad_sector};
 use super::{Doubtful, RecoverError, RecoverTrouble};
+use crate::sys::lock::patiently;
 use crate::text::count;
-
-/// How long an arena that someone holds is asked for again.
-const LOCK_PATIENCE: Duration = Duration::from_secs(2);
-const LOCK_RETRY: Duration = Duration::from_millis(20);
 
 /// Acknowledged sectors that the image does not take. They go on as dirty blocks
 /// of the new cache.
@@ -138,7 +134,9 @@ impl<'a> Recovery<'a> {
         if !left.arena.exists() {
             return Err(RecoverTrouble::Gone);
         }
-        let old = open_patiently(&left.arena).map_err(|e| match e {
+        // Another start may hold it for a moment to look at it.
+        let is_held = |e: &ArenaTrouble| matches!(e, ArenaTrouble::InUse);
+        let old = patiently(|| OldArena::open(&left.arena), is_held).map_err(|e| match e {
             ArenaTrouble::InUse => RecoverTrouble::InUse,
             e => RecoverTrouble::Arena(e),
         })?;
@@ -276,18 +274,5 @@ pub(in crate::store) fn bring<P: Place>(
     match shadow {
         Some(shadow) => shadow.sync(),
         None => Ok(()),
-    }
-}
-
-/// Opens an arena, which another start may hold for a moment to look at it.
-fn open_patiently(path: &Path) -> Result<OldArena, ArenaTrouble> {
-    let deadline = Instant::now() + LOCK_PATIENCE;
-    loop {
-        match OldArena::open(path) {
-            Err(ArenaTrouble::InUse) if Instant::now() < deadline => {
-                std::thread::sleep(LOCK_RETRY);
-            }
-            opened => return opened,
-        }
     }
 }

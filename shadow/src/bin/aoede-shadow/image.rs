@@ -5,17 +5,10 @@ use std::fs::{File, Metadata, OpenOptions};
 use std::io;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
 
-use nix::errno::Errno;
-use nix::fcntl::{FcntlArg, fcntl};
 use nix::libc;
+use shadow::lock::{self, Lock, patiently};
 use shadow::{Difference, Geometry, Identity};
-
-/// How long a lock that someone still holds is asked for again: io_uring may
-/// keep a dead target's file open for a moment.
-const LOCK_PATIENCE: Duration = Duration::from_secs(2);
-const LOCK_RETRY: Duration = Duration::from_millis(20);
 
 /// Why an image cannot be used.
 #[derive(Debug)]
@@ -95,14 +88,14 @@ impl Image {
     pub fn open(path: &Path, window: &Geometry, shadow: &Metadata) -> Result<Image, ImageError> {
         let image = Image::open_as(path, true).map_err(at(path))?;
         image.is_not(shadow)?;
-        patiently(|| lock(&image.file, window.start(), window.len())).map_err(at(path))?;
+        patiently(|| lock(&image.file, window.start(), window.len()), is_held).map_err(at(path))?;
         Ok(image)
     }
 
     /// Whether a target that lives has these bytes of it; if none has, they are
     /// ours from now on.
     pub fn is_served(&self, start: u64, len: u64) -> Result<bool, ImageError> {
-        match patiently(|| lock(&self.file, start, len)) {
+        match patiently(|| lock(&self.file, start, len), is_held) {
             Ok(()) => Ok(false),
             Err(Why::Locked) => Ok(true),
             Err(why) => Err(at(&self.path)(why)),
@@ -130,7 +123,7 @@ impl Image {
                 _ => Why::System("opening it", e),
             })
         };
-        let file = patiently(open)?;
+        let file = patiently(open, is_held)?;
         let metadata = file
             .metadata()
             .map_err(|e| Why::System("looking at it", e))?;
@@ -177,32 +170,17 @@ fn at(path: &Path) -> impl Fn(Why) -> ImageError + '_ {
     }
 }
 
-/// Does it again while someone holds what we need.
-fn patiently<T>(mut f: impl FnMut() -> Result<T, Why>) -> Result<T, Why> {
-    let deadline = Instant::now() + LOCK_PATIENCE;
-    loop {
-        match f() {
-            Err(Why::Locked | Why::Busy) if Instant::now() < deadline => {
-                std::thread::sleep(LOCK_RETRY);
-            }
-            result => return result,
-        }
-    }
+/// `true` if a process holds what we need.
+fn is_held(why: &Why) -> bool {
+    matches!(why, Why::Locked | Why::Busy)
 }
 
 fn lock(file: &File, start: u64, len: u64) -> Result<(), Why> {
-    let offset = |n: u64| libc::off_t::try_from(n).unwrap_or(libc::off_t::MAX);
+    let offset = |n: u64| i64::try_from(n).unwrap_or(i64::MAX);
     let start = offset(start);
-    let lock = libc::flock {
-        l_type: libc::F_WRLCK as libc::c_short,
-        l_whence: libc::SEEK_SET as libc::c_short,
-        l_start: start,
-        l_len: offset(len).min(libc::off_t::MAX - start),
-        l_pid: 0,
-    };
-    match fcntl(file, FcntlArg::F_OFD_SETLK(&lock)) {
-        Ok(_) => Ok(()),
-        Err(Errno::EAGAIN | Errno::EACCES) => Err(Why::Locked),
-        Err(e) => Err(Why::System("locking it", e.into())),
-    }
+    let len = offset(len).min(i64::MAX - start);
+    lock::set(file, Lock::Exclusive, start, len).map_err(|e| match lock::is_held(&e) {
+        true => Why::Locked,
+        false => Why::System("locking it", e),
+    })
 }
