@@ -347,12 +347,15 @@ impl Export {
         let patience = self.tuneup.io_patience;
         if self.target.is_idle() && !blocked {
             log::info!("{} stopped: {}", self.address, self.target.counters());
-            // The record first: without it nobody looks for the arena.
-            if let Some(Err(e)) = self.record.take().map(|record| record.remove(&self.image)) {
-                log::warn!("{}: removing the record of the arena: {e}", self.address);
-            }
-            if let Err(e) = self.target.volume().remove_arena() {
-                log::warn!("{}: removing the arena: {e}", self.address);
+            if let Some(record) = self.record.take() {
+                let volume = self.target.volume();
+                let removed = record.remove_with(&self.image, || volume.remove_arena());
+                if let Err(e) = removed {
+                    log::warn!(
+                        "{}: removing the arena and its record: {e}; the next start does it",
+                        self.address
+                    );
+                }
             }
             return Some(Ok(()));
         }

@@ -119,8 +119,9 @@ pub(super) fn open(options: &Options) -> Result<Export, ServeError> {
     if !is_new {
         claims = take_address(options, &nics).inspect_err(|_| {
             // Nothing is in the arena yet. The refusal is the error to tell.
-            let _ = prepared.record.take().map(|record| record.remove(&image));
-            let _ = prepared.arena.remove();
+            if let Some(record) = prepared.record.take() {
+                let _ = record.remove_with(&image, || prepared.arena.remove());
+            }
         })?;
     }
     let slots = u64::from(prepared.arena.count());

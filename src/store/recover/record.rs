@@ -228,8 +228,14 @@ impl Record {
         })
     }
 
-    /// Takes the record away; only when nothing in the arena is needed.
-    pub fn remove(self, image: &Image) -> io::Result<()> {
+    /// Takes the record away, and then its arena with `remove_arena`; only when
+    /// nothing in that is needed. An arena whose record cannot be removed stays: a
+    /// record without one stands for writes that are lost.
+    pub fn remove_with(
+        self,
+        image: &Image,
+        remove_arena: impl FnOnce() -> io::Result<()>,
+    ) -> io::Result<()> {
         let directory = self.path.parent().unwrap_or(Path::new("."));
         if let Ok(Some(stamp)) = image.stamp() {
             let others = all(&self.export, directory, &self.id).unwrap_or_default();
@@ -244,7 +250,8 @@ impl Record {
                 &stamp,
             );
         }
-        remove(&self.path)
+        remove(&self.path)?;
+        remove_arena()
     }
 }
 
@@ -270,6 +277,7 @@ pub(super) fn remove(path: &Path) -> io::Result<()> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::super::image::{ImageOptions, Window};
     use super::*;
 
     #[test]
@@ -303,6 +311,36 @@ mod tests {
         for bad in ["", "version = 3", "version = 2", &v1.replace("801", "x")] {
             assert!(Left::parse(bad).is_none(), "{bad}");
         }
+    }
+
+    #[test]
+    fn an_arena_whose_record_cannot_be_removed_stays() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("disk.img");
+        fs::write(&file, [0; 512]).unwrap();
+        let image = Image::open(&ImageOptions {
+            path: file.clone(),
+            create: None,
+            direct: false,
+            read_only: false,
+            window: Window::default(),
+            force: false,
+        });
+        let image = image.unwrap();
+        let path = dir.path().join("x.arena.toml");
+        let make = || Record::write("e1.1", &path, &file, &file, [1, 2], &image.id()).unwrap();
+        let mut removed = 0;
+        let record = make();
+        fs::remove_file(&path).unwrap();
+        fs::create_dir(&path).unwrap();
+        let mut remove = || {
+            removed += 1;
+            Ok(())
+        };
+        record.remove_with(&image, &mut remove).unwrap_err();
+        fs::remove_dir(&path).unwrap();
+        make().remove_with(&image, &mut remove).unwrap();
+        assert_eq!(removed, 1);
     }
 
     #[test]

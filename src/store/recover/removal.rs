@@ -31,17 +31,26 @@ pub(super) fn discard_aside(export: &str, left: &Left) -> Result<(), RecoverErro
 
 /// Takes an arena and its record away.
 pub(super) fn remove(left: &Left) -> Result<(), RecoverError> {
-    // The record first: one whose arena is gone stands for writes that are lost.
     remove_record(left)?;
     remove_arena(left)
 }
 
-pub(super) fn remove_record(left: &Left) -> Result<(), RecoverError> {
+/// Takes an arena and its record away, when all that counts in it is elsewhere.
+pub(super) fn remove_replayed(old: &mut OldArena, left: &Left) -> Result<(), RecoverError> {
+    // What cannot be removed goes on counting.
+    remove_record(left)?;
+    old.retire();
+    remove_arena(left)
+}
+
+/// Comes before the removal of the arena: a record without one stands for writes
+/// that are lost.
+fn remove_record(left: &Left) -> Result<(), RecoverError> {
     let removed = left.record.as_deref().map_or(Ok(()), record::remove);
     removed.map_err(cannot_remove(left))
 }
 
-pub(super) fn remove_arena(left: &Left) -> Result<(), RecoverError> {
+fn remove_arena(left: &Left) -> Result<(), RecoverError> {
     match fs::remove_file(&left.arena) {
         Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
         removed => removed.map_err(cannot_remove(left)),
@@ -55,9 +64,10 @@ fn cannot_remove(left: &Left) -> impl Fn(io::Error) -> RecoverError + '_ {
     }
 }
 
-/// Memory of another boot is gone, or on a disk and out of date: the kernel had
-/// written some of it back, and not the rest.
-pub(super) fn set_aside(export: &str, left: &Left) {
+/// Sets an arena of another boot aside, and takes its record away. The memory is
+/// gone, or on a disk and out of date: the kernel had written some of it back, and
+/// not the rest.
+pub(super) fn set_aside(export: &str, left: &Left) -> Result<(), RecoverError> {
     let held = OldArena::open(&left.arena).map(|arena| arena.sectors());
     let aside = left.arena.with_extension("arena.old");
     let moved = fs::rename(&left.arena, &aside).is_ok();
@@ -73,4 +83,5 @@ pub(super) fn set_aside(export: &str, left: &Left) {
              seconds before may be missing"
         ),
     }
+    remove_record(left)
 }

@@ -11,8 +11,8 @@ use super::super::image::{Image, SideLock};
 use super::super::shadow::{FoundShadow, Place, Unaligned};
 use super::changed::{Change, Seen};
 use super::error::Discarded;
-use super::record::{self, Left, tell_all};
-use super::removal::{discard, discard_aside, remove, remove_arena, remove_record, set_aside};
+use super::record::{Left, tell_all};
+use super::removal::{discard, discard_aside, remove, remove_replayed, set_aside};
 use super::runs::{Piece, Writer, is_bad_sector};
 use super::{Doubtful, RecoverError, RecoverTrouble};
 use crate::sys::lock::patiently;
@@ -32,10 +32,7 @@ impl Unreplayed {
     /// Takes the old arenas away: the new one has what they held.
     pub fn settle(self) -> Result<(), RecoverError> {
         for (mut old, left) in self.arenas {
-            // The record first: what cannot be removed goes on counting.
-            remove_record(&left)?;
-            old.retire();
-            remove_arena(&left)?;
+            remove_replayed(&mut old, &left)?;
         }
         Ok(())
     }
@@ -125,10 +122,7 @@ impl<'a> Recovery<'a> {
     /// if there is nothing to replay in it.
     fn check(&self, left: Left) -> Result<Option<Checked<'a>>, RecoverTrouble> {
         if left.boot != self.boot {
-            set_aside(self.export, &left);
-            if let Some(record) = &left.record {
-                record::remove(record).map_err(|e| RecoverTrouble::Record(e.to_string()))?;
-            }
+            set_aside(self.export, &left).map_err(|e| e.why)?;
             return Ok(None);
         }
         if !left.arena.exists() {
