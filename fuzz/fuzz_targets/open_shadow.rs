@@ -29,6 +29,7 @@ fn whole() -> &'static [u8] {
                 b: 2,
                 bytes: LEN,
                 facts: Facts::default(),
+                boot: [0; 2],
             },
         };
         let image = MemoryFile::new(vec![1; LEN as usize]);

@@ -29,6 +29,8 @@ pub const VERSION: u32 = 1;
 const SUMMED: usize = 504;
 /// Where the facts about the image begin in a header.
 const FACTS_AT: usize = 96;
+/// Where the boot in which they were noted is.
+const BOOT_AT: usize = FACTS_AT + 8 * FACTS;
 /// Chunks of one bitmap page.
 pub(crate) const PAGE_CHUNKS: u64 = 16320;
 /// Words of 64 chunks in one of the two planes of a page.
@@ -299,6 +301,8 @@ pub fn header_page(spec: &Spec, state: State, sequence: u64) -> Page {
     for (index, word) in identity.facts.to_words().into_iter().enumerate() {
         put64(&mut bytes, FACTS_AT + 8 * index, word);
     }
+    put64(&mut bytes, BOOT_AT, identity.boot[0]);
+    put64(&mut bytes, BOOT_AT + 8, identity.boot[1]);
     let sum = CRC.checksum(&bytes[..SUMMED]);
     put64(&mut bytes, SUMMED, sum);
     Page {
@@ -364,6 +368,7 @@ impl Header {
                 b: get64(bytes, 80),
                 bytes: get64(bytes, 88),
                 facts: Facts::from_words(facts).ok_or("its facts about the image are none")?,
+                boot: [get64(bytes, BOOT_AT), get64(bytes, BOOT_AT + 8)],
             },
         };
         if !spec.fits() {

@@ -41,6 +41,9 @@ pub struct Identity {
     /// All that the kernel tells; nothing in shadows of aoede 0.1.0, for which
     /// `kind`, `a` and `b` decide.
     pub facts: Facts,
+    /// The boot in which this was asked, zeros for unknown: some of the facts hold
+    /// only until the next one.
+    pub boot: [u64; 2],
 }
 
 /// What tells two images apart.
@@ -53,6 +56,15 @@ pub enum Difference {
     /// They are one, and its size has changed; the sizes in bytes, before and
     /// now.
     Size(u64, u64),
+    /// They may be one.
+    Doubt {
+        /// Why that is not certain.
+        why: &'static str,
+        /// The image of before.
+        then: Facts,
+        /// The one that is there.
+        now: Facts,
+    },
 }
 
 impl fmt::Display for Difference {
@@ -63,6 +75,10 @@ impl fmt::Display for Difference {
             Difference::Size(then, now) => {
                 write!(f, "the image had {then} bytes and has {now} now")
             }
+            Difference::Doubt { why, then, now } => write!(
+                f,
+                "it is not certain that it is of this image: {why}; it is of {then}; this is {now}"
+            ),
         }
     }
 }
@@ -82,6 +98,7 @@ impl Identity {
                 b: facts::birth(&metadata),
                 bytes: metadata.len(),
                 facts: Facts::of(file)?,
+                boot: boot_id(),
             });
         }
         if !metadata.file_type().is_block_device() {
@@ -97,6 +114,7 @@ impl Identity {
             b: 0,
             bytes: facts.bytes(),
             facts,
+            boot: boot_id(),
         })
     }
 
@@ -107,19 +125,40 @@ impl Identity {
 
     /// What tells the image of a shadow (`self`) from the one that is there
     /// `now`; `None` if they are the same.
+    ///
+    /// Shadows and records of aoede 0.1.0 know only `kind`, `a` and `b`, which decide
+    /// then.
     pub fn difference(&self, now: &Identity) -> Option<Difference> {
         // A shadow outlives the boot in which it was made.
-        match self.facts.compare(&now.facts, false) {
+        let same_boot = self.boot != [0; 2] && self.boot == now.boot;
+        match self.facts.compare(&now.facts, same_boot) {
             Verdict::Same => {}
             Verdict::Other => return Some(Difference::Other),
+            Verdict::Doubt(why) if self.facts != Facts::Unknown => {
+                let (then, now) = (self.facts, now.facts);
+                return Some(Difference::Doubt { why, then, now });
+            }
             Verdict::Doubt(_) if self.kind != now.kind => return Some(Difference::Kind),
             Verdict::Doubt(_) if (self.a, self.b) != (now.a, now.b) => {
                 return Some(Difference::Other);
             }
             Verdict::Doubt(_) => {}
         }
+        self.size_difference(now)
+    }
+
+    /// The difference in size alone.
+    pub fn size_difference(&self, now: &Identity) -> Option<Difference> {
         (self.bytes != now.bytes).then_some(Difference::Size(self.bytes, now.bytes))
     }
+}
+
+/// The boot we are in; zeros where /proc does not tell.
+pub fn boot_id() -> [u64; 2] {
+    let text = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
+    let digits: String = text.chars().filter(char::is_ascii_hexdigit).collect();
+    let half = |range| u64::from_str_radix(digits.get(range).unwrap_or("0"), 16).unwrap_or(0);
+    [half(0..16), half(16..32)]
 }
 
 /// A number made of what sysfs calls a device by, whatever number it has in
@@ -182,6 +221,48 @@ mod tests {
         let grown = Identity::of(&File::open(&path).unwrap()).unwrap();
         assert_eq!(first.difference(&grown), Some(Difference::Size(1000, 1024)));
         assert!(Identity::of(&File::open("/dev/null").unwrap()).is_err());
+    }
+
+    #[test]
+    fn a_doubt_is_told_with_both_sides_and_0_1_0_has_a_rule_of_its_own() {
+        let disk = |diskseq, boot| Identity {
+            kind: Kind::Device,
+            a: 5,
+            b: 0,
+            bytes: 4096,
+            facts: Facts::Device(DeviceFacts {
+                diskseq,
+                bytes: 4096,
+                ..DeviceFacts::default()
+            }),
+            boot,
+        };
+        let then = disk(u64::MAX, [1, 2]);
+        assert_eq!(then.difference(&disk(u64::MAX, [1, 2])), None);
+        // Plugged in again, another boot, a boot that nobody noted.
+        for (then, now) in [
+            (then, disk(u64::MAX - 1, [1, 2])),
+            (then, disk(u64::MAX, [1, 3])),
+            (disk(7, [0; 2]), disk(7, [0; 2])),
+        ] {
+            let sides = match then.difference(&now) {
+                Some(Difference::Doubt { then, now, .. }) => Some((then, now)),
+                _ => None,
+            };
+            assert_eq!(sides, Some((then.facts, now.facts)));
+            assert!(!then.is_same_image(&now));
+        }
+        let said = then.difference(&disk(3, [1, 2])).unwrap().to_string();
+        assert!(said.contains("diskseq 18446744073709551615"), "{said}");
+        assert!(said.contains("diskseq 3"), "{said}");
+        let v1 = Identity {
+            facts: Facts::Unknown,
+            boot: [0; 2],
+            ..then
+        };
+        assert_eq!(v1.difference(&then), None);
+        let renamed = Identity { a: 6, ..v1 };
+        assert_eq!(renamed.difference(&then), Some(Difference::Other));
     }
 
     #[test]

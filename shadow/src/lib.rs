@@ -39,7 +39,8 @@
 //!         88  u64  bytes of the whole image
 //!         96       facts about the image, 11 u64: see [`Facts`]; zeros in files
 //!                  of aoede 0.1.0
-//!        184       zeros
+//!        184       the boot in which they were noted, 2 u64; zeros for unknown
+//!        200       zeros
 //!        504  u64  CRC-64/XZ of the bytes 0 to 504
 //!        512       zeros
 //!
@@ -88,6 +89,7 @@ pub use files::{Files, RealFiles, replace_text};
 pub use format::{Chunk, Geometry, Page, Spec, State, VERSION, header_page};
 pub use identity::{
     DeviceFacts, Difference, Facts, FileFacts, Identity, Kind, Verdict, WORDS as FACT_WORDS,
+    boot_id,
 };
 pub use map::{Commit, Map};
 pub use open::OpenError;

@@ -6,6 +6,7 @@ use std::io;
 
 use crate::file::BlockFile;
 use crate::format::{Chunk, Geometry, Spec, State, header_page};
+use crate::identity::Identity;
 use crate::map::Map;
 use crate::open::{self, OpenError};
 
@@ -157,6 +158,12 @@ impl<F: BlockFile> Shadow<F> {
         self.state = state;
         self.sequence += 1;
         Ok(())
+    }
+
+    /// Says in the header, on stable storage, that the image is this one.
+    pub fn set_identity(&mut self, identity: Identity) -> io::Result<()> {
+        self.spec.identity = identity;
+        self.set_state(self.state)
     }
 
     /// Reads what the image shows with the shadow over it, by runs of chunks

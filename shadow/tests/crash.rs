@@ -35,6 +35,7 @@ fn spec() -> Spec {
             b: 6,
             bytes: IMAGE,
             facts: Facts::default(),
+            boot: [0; 2],
         },
     }
 }

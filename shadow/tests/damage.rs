@@ -85,6 +85,7 @@ fn spec() -> Spec {
             b: 0,
             bytes: 3 * PAGE_CHUNKS * 4096,
             facts: Facts::default(),
+            boot: [0; 2],
         },
     }
 }

@@ -97,6 +97,10 @@ pub struct Cli {
     #[arg(long)]
     pub discard_shadow: bool,
 
+    /// Take the shadow for this image's, though it may be another one's
+    #[arg(long, requires = "shadow", conflicts_with = "discard_shadow")]
+    pub accept_shadow: bool,
+
     /// Settings from a file
     #[arg(long, value_name = "FILE")]
     pub tuneup: Option<PathBuf>,

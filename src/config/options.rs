@@ -79,6 +79,8 @@ pub struct Options {
     pub doubtful_arena: Doubtful,
     /// Give up what a shadow holds.
     pub discard_shadow: bool,
+    /// Takes the shadow for this image's where that is not certain.
+    pub accept_shadow: bool,
     /// The settings.
     pub tuneup: Tuneup,
     /// Where messages go, if that was said.
@@ -235,6 +237,7 @@ impl TryFrom<Cli> for Options {
                 _ => Doubtful::Refuse,
             },
             discard_shadow: cli.discard_shadow,
+            accept_shadow: cli.accept_shadow,
             tuneup,
             log: log.transpose()?,
             level: match (cli.quiet, cli.verbose) {

@@ -93,6 +93,7 @@ pub(super) fn open(options: &Options) -> Result<Export, ServeError> {
         path: options.shadow.as_ref().map(|shadow| shadow.path.clone()),
         state_dir: options.state_dir.clone(),
         discard: options.discard_shadow,
+        accept: options.accept_shadow,
         export: address.to_string(),
     };
     let mut shadow = find_shadow(&image, &shadow_options).map_err(ServeError::Shadow)?;

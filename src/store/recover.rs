@@ -21,6 +21,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use nix::sys::statvfs::statvfs;
+use shadow::boot_id;
 use shadow::stamp::{Clocks, real_time};
 
 pub use error::{RecoverError, RecoverTrouble};
@@ -283,12 +284,4 @@ fn content_of(image: &Image, start: u64, len: u64) -> impl Iterator<Item = (usiz
         image.read_unaligned(&mut bytes, at).ok()?;
         Some((number, content::sum(&bytes)))
     })
-}
-
-/// The boot we are in; zeros where /proc does not tell.
-fn boot_id() -> [u64; 2] {
-    let text = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
-    let digits: String = text.chars().filter(char::is_ascii_hexdigit).collect();
-    let half = |range| u64::from_str_radix(digits.get(range).unwrap_or("0"), 16).unwrap_or(0);
-    [half(0..16), half(16..32)]
 }

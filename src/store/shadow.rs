@@ -16,7 +16,10 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use parking_lot::{Mutex, RwLock};
-use shadow::{BlockFile, Found, Paths, RealFiles, Shadow, Spec, State, header_page, paths};
+use shadow::{
+    BlockFile, Difference, Found, Identity, Paths, RealFiles, Shadow, Spec, State, header_page,
+    paths,
+};
 
 use super::disk::{Backing, Origin, Part, Step};
 use super::image::Image;
@@ -39,6 +42,8 @@ pub struct ShadowOptions {
     pub state_dir: PathBuf,
     /// Gives up what a shadow holds.
     pub discard: bool,
+    /// The image is the right one for the shadow, also where that is not certain.
+    pub accept: bool,
     /// Name of the export in log lines, such as `e1.1`.
     pub export: String,
 }
@@ -50,6 +55,10 @@ pub struct FoundShadow<P: Place = RealPlace> {
     paths: Paths,
     name: Found,
     export: String,
+    /// The image, where it was accepted in doubt.
+    accepted: Option<Identity>,
+    /// Records in doubt that speak of this shadow.
+    in_doubt: Vec<PathBuf>,
 }
 
 impl<P: Place> FoundShadow<P> {
@@ -210,14 +219,16 @@ pub(super) fn find<P: Place>(
         identity,
         image.window(),
     );
-    record.none_beside(place.records())?;
+    let told = given.filter(|_| options.discard || options.accept);
+    let in_doubt = record.none_beside(place.records(), told)?;
     let recorded = match record.read(place.records()) {
         Err(_) if options.discard => None,
         recorded => recorded?,
     };
     if options.discard {
         if let Some(path) = recorded.as_deref().or(given) {
-            discard(&record, path, recorded.is_some(), &options.export)?;
+            let is_recorded = recorded.is_some() || !in_doubt.is_empty();
+            discard(&record, path, is_recorded, &in_doubt, &options.export)?;
         }
         return match given {
             Some(path) => place.probe(path).map(|()| None),
@@ -248,7 +259,9 @@ pub(super) fn find<P: Place>(
                 let marker = marker.path(&paths).to_owned();
                 return Err(ShadowError::MarkerAlone(marker, other.clone()));
             }
-            None if recorded.is_some() => return Err(ShadowError::Gone(path.to_owned())),
+            None if recorded.is_some() || !in_doubt.is_empty() => {
+                return Err(ShadowError::Gone(path.to_owned()));
+            }
             None => return place.probe(path).map(|()| None),
         },
         [name] => *name,
@@ -267,9 +280,25 @@ pub(super) fn find<P: Place>(
         return Err(ShadowError::Twice(real.to_owned(), marker));
     }
     let other = |how: String| ShadowError::OtherImage(real.to_owned(), how);
-    if let Some(difference) = shadow.spec().identity.difference(&identity) {
-        return Err(other(difference.to_string()));
-    }
+    let made_for = shadow.spec().identity;
+    let accepted = match made_for.difference(&identity) {
+        Some(doubt @ Difference::Doubt { .. }) => {
+            if let Some(size) = made_for.size_difference(&identity) {
+                return Err(other(size.to_string()));
+            }
+            if !options.accept {
+                return Err(ShadowError::InDoubt(real.to_owned(), doubt.to_string()));
+            }
+            log::warn!(
+                "{}: shadow {}: accepted, as told; {doubt}",
+                options.export,
+                real.display()
+            );
+            Some(identity)
+        }
+        Some(difference) => return Err(other(difference.to_string())),
+        None => None,
+    };
     let bounds = image.bounds().map_err(other)?;
     let geometry = shadow.geometry();
     if (geometry.start(), geometry.len()) != (bounds.start, bounds.sectors * shadow::SECTOR) {
@@ -291,11 +320,19 @@ pub(super) fn find<P: Place>(
         name,
         export: options.export.clone(),
         paths,
+        accepted,
+        in_doubt,
     }))
 }
 
 /// Gives a shadow up, as told: out of the way, and no record of it.
-fn discard(record: &Record, path: &Path, recorded: bool, export: &str) -> Result<(), ShadowError> {
+fn discard(
+    record: &Record,
+    path: &Path,
+    recorded: bool,
+    in_doubt: &[PathBuf],
+    export: &str,
+) -> Result<(), ShadowError> {
     let paths = Paths::of(path);
     let fail = |what| move |e| ShadowError::Io(path.to_owned(), what, e);
     let found = paths::find(&paths).map_err(fail("looking for it"))?;
@@ -328,7 +365,7 @@ fn discard(record: &Record, path: &Path, recorded: bool, export: &str) -> Result
         removed.map_err(fail("removing its marker"))?;
     }
     record
-        .remove(&RealFiles)
+        .remove_all(&RealFiles, in_doubt)
         .map_err(fail("removing its record"))
 }
 
@@ -375,8 +412,12 @@ impl<P: Place> ShadowStore<P> {
             return Ok((store, None));
         };
         // A shadow that was moved here has no record yet.
-        let recorded = record.write(place.records(), window.1);
+        let recorded = record.replace(place.records(), window.1, &found.in_doubt);
         recorded.map_err(fail("recording it"))?;
+        if let Some(identity) = found.accepted {
+            let noted = found.shadow.set_identity(identity);
+            noted.map_err(fail("noting its image"))?;
+        }
         if found.is_thawing() {
             found.begin_thaw().map_err(fail("marking it"))?;
         } else {

@@ -3,15 +3,18 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::os::unix::fs::{FileExt, PermissionsExt};
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use initiator::client::Client;
-use initiator::lab::{self, Deadline, Need, Process, Spawn};
+use initiator::lab::{self, Deadline, Need, Process, Spawn, wait_until};
 use nix::fcntl::{Flock, FlockArg};
 use shadow::stamp::{Clocks, since_boot};
 
+use crate::freeze::order;
 use crate::rig::QUICK;
 use crate::support::{AOEDE, Store, Wire, files, stop};
+use crate::workshop::{Loop, detach, sh, soon};
 
 const SECTORS: u64 = 4096;
 /// So that only a stop writes anything to the image.
@@ -72,10 +75,114 @@ impl Bed {
         said
     }
 
+    fn shadow(&self) -> PathBuf {
+        self.store.path().join("shadow.img")
+    }
+
+    /// Freezes an image, writes a sector of `byte` to its shadow, and dies.
+    fn freeze_and_die(&self, image: &Path, byte: u8) {
+        let shadow = self.shadow().display().to_string();
+        let mut target = self.serve(1, image, &["-f", &shadow]);
+        order(&target, 1);
+        let frozen = || self.shadow().exists();
+        wait_until("the shadow appears", soon(), frozen).unwrap();
+        let mut client = self.client(1);
+        client.write_many(3, &filled(byte)).unwrap();
+        client.flush().unwrap();
+        target.kill().unwrap();
+    }
+
+    /// Thaws what a target serves, and stops it.
+    fn thaw_and_stop(&self, target: Process) {
+        order(&target, 2);
+        let gone = || !self.shadow().exists();
+        wait_until("the shadow vanishes", soon(), gone).unwrap();
+        stop(target);
+    }
+
     fn client(&self, slot: u8) -> Client {
         let connect = || Client::connected("ini0", 1, slot);
         self.wire.peer.enter(connect).unwrap().unwrap()
     }
+}
+
+/// A part of a file behind a loop device, from MiB `first` on.
+struct Part {
+    path: PathBuf,
+}
+
+impl Part {
+    fn new(file: &Path, first: u64, mib: u64) -> Part {
+        let (offset, limit) = (first << 20, mib << 20);
+        let path = sh(&format!(
+            "losetup --find --show --offset {offset} --sizelimit {limit} {}",
+            file.display()
+        ));
+        Part {
+            path: path.trim().into(),
+        }
+    }
+
+    /// Shows another part under the same number.
+    fn show(&self, file: &Path, first: u64, mib: u64) {
+        detach(&self.path);
+        let (offset, limit) = (first << 20, mib << 20);
+        sh(&format!(
+            "losetup --offset {offset} --sizelimit {limit} {} {}",
+            self.path.display(),
+            file.display()
+        ));
+    }
+}
+
+impl Drop for Part {
+    fn drop(&mut self) {
+        let detached = Command::new("losetup").arg("-d").arg(&self.path).status();
+        if !detached.is_ok_and(|status| status.success()) {
+            eprintln!("{} is left behind", self.path.display());
+        }
+    }
+}
+
+const ZRAM: &str = "/sys/class/zram-control";
+const ZRAM_NEEDS: [Need<'static>; 2] = [Need::Network, Need::Path(ZRAM)];
+
+/// A disk of memory, which has no serial.
+struct Zram {
+    number: u32,
+}
+
+impl Zram {
+    fn new() -> Zram {
+        let number = fs::read_to_string(format!("{ZRAM}/hot_add")).unwrap();
+        let zram = Zram {
+            number: number.trim().parse().unwrap(),
+        };
+        fs::write(format!("/sys/block/zram{}/disksize", zram.number), "8M").unwrap();
+        zram
+    }
+
+    fn path(&self) -> PathBuf {
+        format!("/dev/zram{}", self.number).into()
+    }
+}
+
+impl Drop for Zram {
+    fn drop(&mut self) {
+        // Whoever looked at it when it came may have it open for a moment.
+        let remove = || fs::write(format!("{ZRAM}/hot_remove"), self.number.to_string()).is_ok();
+        if wait_until("the disk is free", Deadline::seconds(10), remove).is_err() {
+            eprintln!("{} is left behind", self.path().display());
+        }
+    }
+}
+
+/// The first sectors of a disk or file, past the page cache of others.
+fn sector_of(image: &Path, lba: u64) -> Vec<u8> {
+    let mut bytes = vec![0; 512];
+    let file = File::open(image).unwrap();
+    file.read_exact_at(&mut bytes, lba * 512).unwrap();
+    bytes
 }
 
 fn filled(byte: u8) -> Vec<u8> {
@@ -143,4 +250,123 @@ fn an_image_that_is_made_is_for_our_user_alone() {
     stop(bed.serve(1, &image, &["--create", "1M"]));
     let mode = fs::metadata(&image).unwrap().permissions().mode();
     assert_eq!(mode & 0o7777, 0o600);
+}
+
+/// What `aoede-shadow` answers: its status and its lines.
+fn tool(arguments: &[&Path]) -> (bool, String) {
+    let tool = Path::new(AOEDE).with_file_name("aoede-shadow");
+    let answer = Command::new(tool).args(arguments).output().unwrap();
+    let lines = [answer.stdout, answer.stderr].concat();
+    let lines = String::from_utf8(lines).unwrap();
+    (answer.status.success(), lines)
+}
+
+#[test]
+fn the_shadow_of_one_part_of_a_file_is_never_that_of_another_part() {
+    if !lab::require("two parts of a frozen file", &Loop::NEEDS) {
+        return;
+    }
+    let bed = Bed::new(64 << 11);
+    let file = bed.store.image();
+    let device = Part::new(&file, 1, 8);
+    bed.freeze_and_die(&device.path, 1);
+    // The arena's writes are in the shadow: only that is left.
+    let shadow = bed.shadow().display().to_string();
+    let with = ["-f", &shadow, "--set", "on_stop=keep"];
+    stop(bed.serve(1, &device.path, &with));
+    // Another part, under the number of the first.
+    device.show(&file, 32, 8);
+    let said = bed.refused(1, &device.path, &with);
+    assert!(said.contains("another image"), "{said}");
+    let (merge, check) = (Path::new("merge"), Path::new("check"));
+    let state = bed.store.state();
+    let merged = [
+        merge,
+        Path::new("--state-dir"),
+        &state,
+        &bed.shadow(),
+        &device.path,
+    ];
+    for arguments in [&merged[..], &[check, &bed.shadow(), &device.path]] {
+        let (is_done, said) = tool(arguments);
+        assert!(!is_done && said.contains("another image"), "{said}");
+    }
+    assert_eq!(sector_of(&device.path, 3), filled(0));
+    // Without a shadow it is served: nothing of it is frozen.
+    stop(bed.serve(1, &device.path, &[]));
+    // A part that shares bytes with the first may be meant.
+    device.show(&file, 1, 9);
+    let said = bed.refused(1, &device.path, &with);
+    assert!(said.contains("not certain"), "{said}");
+    assert!(said.contains("size limit 8388608"), "{said}");
+    assert!(said.contains("size limit 9437184"), "{said}");
+    let (is_done, said) = tool(&merged);
+    assert!(!is_done && said.contains("not certain"), "{said}");
+    let said = bed.refused(1, &device.path, &[]);
+    assert!(
+        said.contains("not certain") && said.contains(&shadow),
+        "{said}"
+    );
+    // And the right one is as it was.
+    device.show(&file, 1, 8);
+    let target = bed.serve(1, &device.path, &["-f", &shadow]);
+    assert_eq!(bed.client(1).read_many(3, 1).unwrap(), filled(1));
+    bed.thaw_and_stop(target);
+    assert_eq!(sector_of(&device.path, 3), filled(1));
+}
+
+#[test]
+fn a_file_frozen_behind_a_loop_device_is_not_served_without_it() {
+    if !lab::require("a file frozen behind a loop device", &Loop::NEEDS) {
+        return;
+    }
+    let bed = Bed::new(SECTORS);
+    let file = bed.store.image();
+    let device = Loop::attach(&file, 512).unwrap();
+    bed.freeze_and_die(&device.path, 1);
+    let shadow = bed.shadow().display().to_string();
+    stop(bed.serve(1, &device.path, &["-f", &shadow, "--set", "on_stop=keep"]));
+    drop(device);
+    for options in [&[][..], &["-f", &shadow], &["--discard-shadow"]] {
+        let said = bed.refused(1, &file, options);
+        assert!(said.contains("behind a loop device"), "{said}");
+        assert!(said.contains("--accept-shadow"), "{said}");
+    }
+    // The operator knows that it is the right one, and the shadow knows from then on.
+    let accept = ["-f", &shadow, "--accept-shadow", "--set", "on_stop=keep"];
+    stop(bed.serve(1, &file, &accept));
+    let target = bed.serve(1, &file, &["-f", &shadow]);
+    assert_eq!(bed.client(1).read_many(3, 1).unwrap(), filled(1));
+    bed.thaw_and_stop(target);
+    assert_eq!(bed.store.sectors(3, 1), filled(1));
+    assert!(files(&bed.store.state(), ".shadow.toml").is_empty());
+}
+
+#[test]
+fn the_shadow_of_a_disk_without_a_serial_is_not_taken_for_that_of_the_next_disk() {
+    if !lab::require("disks without a serial", &ZRAM_NEEDS) {
+        return;
+    }
+    let bed = Bed::new(8);
+    let shadow = bed.shadow().display().to_string();
+    let mut disk = Zram::new();
+    bed.freeze_and_die(&disk.path(), 1);
+    let with = ["-f", &shadow, "--set", "on_stop=keep"];
+    stop(bed.serve(1, &disk.path(), &with));
+    // Under the same number, if nobody else takes it, and of the same size.
+    drop(disk);
+    disk = Zram::new();
+    for options in [&with[..], &[]] {
+        let said = bed.refused(1, &disk.path(), options);
+        assert!(said.contains("not the disk that was plugged in"), "{said}");
+        assert!(said.matches("diskseq").count() == 2, "{said}");
+    }
+    let (is_done, said) = tool(&[Path::new("check"), &bed.shadow(), &disk.path()]);
+    assert!(!is_done && said.contains("not certain"), "{said}");
+    assert_eq!(sector_of(&disk.path(), 3), filled(0));
+    // Given up on this disk, it is set aside.
+    stop(bed.serve(1, &disk.path(), &["-f", &shadow, "--discard-shadow"]));
+    assert!(bed.store.path().join("shadow.img.discarded").exists());
+    stop(bed.serve(1, &disk.path(), &[]));
+    assert_eq!(sector_of(&disk.path(), 3), filled(0));
 }

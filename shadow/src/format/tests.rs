@@ -13,6 +13,7 @@ fn spec() -> Spec {
             b: 12,
             bytes: 512 * 100_003 + 17,
             facts: Facts::default(),
+            boot: [3, 4],
         },
     }
 }
@@ -88,7 +89,10 @@ fn a_header_is_drawn_as_the_byte_map_says() {
          010000000700000000000000000600000000000000400d03000000000b000000000000000c00000000000000\
          11460d0300000000"
     );
-    assert!(is_zero(&page.bytes[96..504]) && is_zero(&page.bytes[512..]));
+    assert!(is_zero(&page.bytes[96..184]));
+    assert_eq!(page.bytes[184..192], 3u64.to_le_bytes());
+    assert_eq!(page.bytes[192..200], 4u64.to_le_bytes());
+    assert!(is_zero(&page.bytes[200..504]) && is_zero(&page.bytes[512..]));
     let header = Header::read(&page_of(&page), 1);
     let expected = Header {
         spec: spec(),

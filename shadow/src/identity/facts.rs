@@ -249,8 +249,10 @@ impl Facts {
     /// Whether the image that these facts were noted of is the one that has the
     /// facts `now`. `same_boot` says that they were noted in this boot, so that
     /// device numbers of then still mean something.
-    pub fn compare(&self, now: &Facts, same_boot: bool) -> Verdict {
-        match (self, now) {
+    ///
+    /// Parts of one backing file that share no byte are two images.
+    pub fn compare(&self, other: &Facts, same_boot: bool) -> Verdict {
+        match (self, other) {
             (Facts::File(then), Facts::File(now)) => then.compare(now, same_boot),
             (
                 Facts::Loop {
@@ -266,6 +268,7 @@ impl Facts {
                     ..
                 },
             ) => match then.compare(now, same_boot) {
+                _ if !self.shares_bytes((0, u64::MAX), other, (0, u64::MAX)) => Verdict::Other,
                 Verdict::Same if (offset, limit) != (offset_now, limit_now) => Verdict::Doubt(
                     "the loop device shows another part of the same backing file now",
                 ),
@@ -283,6 +286,29 @@ impl Facts {
             }
             _ => Verdict::Other,
         }
+    }
+
+    /// `true` if two ranges (first byte, bytes) of two images share a byte, provided
+    /// that both images are one, or lie in one file.
+    pub fn shares_bytes(&self, range: (u64, u64), other: &Facts, of_other: (u64, u64)) -> bool {
+        let [(first, end), (other_first, other_end)] =
+            [self.in_file(range), other.in_file(of_other)];
+        first < other_end && other_first < end
+    }
+
+    /// A range of the image in the coordinates of its file, and of what a loop device
+    /// shows at most: first byte, and the one behind the last.
+    fn in_file(&self, (start, len): (u64, u64)) -> (u64, u64) {
+        let (offset, limit) = match self {
+            Facts::Loop { offset, limit, .. } => (*offset, *limit),
+            _ => (0, 0),
+        };
+        let last = match limit {
+            0 => u64::MAX,
+            limit => offset.saturating_add(limit),
+        };
+        let first = offset.saturating_add(start);
+        (first, first.saturating_add(len).min(last))
     }
 
     /// Bytes of the image, 0 for unknown.

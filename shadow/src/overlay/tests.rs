@@ -15,6 +15,7 @@ fn spec(start: u64, len: u64, image: u64) -> Spec {
             b: 2,
             bytes: image,
             facts: Facts::default(),
+            boot: [0; 2],
         },
     }
 }

@@ -13,6 +13,7 @@ fn spec() -> Spec {
             b: 1,
             bytes: 64 << 20,
             facts: Facts::default(),
+            boot: [0; 2],
         },
     }
 }

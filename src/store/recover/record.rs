@@ -50,8 +50,11 @@ pub(super) struct Left {
 impl Left {
     /// Whether the exported ranges share a byte.
     pub fn overlaps(&self, id: &ImageId) -> bool {
-        self.start < id.start.saturating_add(id.len)
-            && id.start < self.start.saturating_add(self.len)
+        let facts = match self.origin {
+            Origin::Facts(facts) => facts,
+            Origin::V1(_) => Facts::Unknown,
+        };
+        facts.shares_bytes((self.start, self.len), &id.facts, (id.start, id.len))
     }
 
     /// An arena without a record: of a state directory that is gone, perhaps.

@@ -14,6 +14,10 @@ pub enum ShadowError {
     /// It belongs to another image, or to another state of this one; how it
     /// differs.
     OtherImage(PathBuf, String),
+    /// It may belong to this image; why that is not certain, and both sides.
+    InDoubt(PathBuf, String),
+    /// This record, which names a shadow, may be of this image; the same.
+    RecordInDoubt(PathBuf, PathBuf, String),
     /// There are two of them.
     Twice(PathBuf, PathBuf),
     /// A record names a shadow that was not given, or another one.
@@ -41,6 +45,22 @@ impl fmt::Display for ShadowError {
                 f,
                 "shadow {}: is none of this image ({how}); move it away or name another with -f",
                 path.display()
+            ),
+            ShadowError::InDoubt(path, doubt) => write!(
+                f,
+                "shadow {}: {doubt}; --accept-shadow says that this is the right image, \
+                 --discard-shadow gives up the writes in it",
+                path.display()
+            ),
+            ShadowError::RecordInDoubt(record, path, doubt) => write!(
+                f,
+                "shadow {} holds writes to a frozen image: {doubt}; -f {} --accept-shadow says that \
+                 this is the right image, -f {} --discard-shadow gives up the writes in it; if this \
+                 is another image, move the record {} away",
+                path.display(),
+                path.display(),
+                path.display(),
+                record.display()
             ),
             ShadowError::Twice(one, other) => write!(
                 f,

@@ -4,7 +4,7 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
-use shadow::{Facts, Files, Identity, replace_text};
+use shadow::{Difference, Facts, Files, Identity, replace_text};
 use toml::{Table, Value};
 
 use super::ShadowError;
@@ -84,6 +84,8 @@ impl Record {
         for (key, number) in [
             ("identity_a", self.identity.a),
             ("identity_b", self.identity.b),
+            ("boot_high", self.identity.boot[0]),
+            ("boot_low", self.identity.boot[1]),
             ("start", self.start),
             ("len", len),
         ] {
@@ -94,10 +96,29 @@ impl Record {
         replace_text(files, &self.path, &table.to_string())
     }
 
+    /// Puts it on stable storage in the place of these.
+    pub fn replace<F: Files>(&self, files: &F, len: u64, others: &[PathBuf]) -> io::Result<()> {
+        self.write(files, len)?;
+        if others.is_empty() {
+            return Ok(());
+        }
+        for path in others.iter().filter(|path| **path != self.path) {
+            files.remove(path)?;
+        }
+        files.sync_directory(&self.path)
+    }
+
     pub fn remove<F: Files>(&self, files: &F) -> io::Result<()> {
-        match files.remove(&self.path) {
-            Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
-            _ => {}
+        self.remove_all(files, &[])
+    }
+
+    /// The same, and these records of other names.
+    pub fn remove_all<F: Files>(&self, files: &F, others: &[PathBuf]) -> io::Result<()> {
+        for path in others.iter().chain([&self.path]) {
+            match files.remove(path) {
+                Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
+                _ => {}
+            }
         }
         match files.sync_directory(&self.path) {
             // There never was one, nor a place for it.
@@ -107,34 +128,54 @@ impl Record {
     }
 
     /// Refuses a window that shares sectors with another one that is frozen:
-    /// what was written to them is in that one's shadow.
-    pub fn none_beside<F: Files>(&self, files: &F) -> Result<(), ShadowError> {
+    /// what was written to them is in that one's shadow. So is a record that may be of
+    /// this image, unless it is of the shadow that the operator speaks of: returns
+    /// those.
+    pub fn none_beside<F: Files>(
+        &self,
+        files: &F,
+        told: Option<&Path>,
+    ) -> Result<Vec<PathBuf>, ShadowError> {
+        let mut in_doubt = Vec::new();
         let bad = |path: &Path, what: &str| ShadowError::Record(path.to_owned(), what.to_owned());
         let directory = self.path.parent().unwrap_or(Path::new("."));
         let list = self
             .all(files)
             .map_err(|e| bad(directory, &e.to_string()))?;
-        for path in list.into_iter().filter(|path| *path != self.path) {
+        for path in list {
             let text = match files.read_text(&path) {
                 // Thawed just now.
                 Err(e) if e.kind() == io::ErrorKind::NotFound => continue,
                 text => text.map_err(|e| bad(&path, &e.to_string()))?,
             };
+            let stored = Stored::parse(&text, &self.identity);
+            // Our own is looked at by `read`, which knows another remedy.
+            if stored.is_none() && path == self.path {
+                continue;
+            }
             let Stored {
                 shadow,
                 identity,
                 start,
                 len,
-            } = Stored::parse(&text, &self.identity)
-                .ok_or_else(|| bad(&path, "it cannot be read; remove it to pass it over"))?;
-            let apart = start >= self.start.saturating_add(self.len)
-                || self.start >= start.saturating_add(len);
-            if identity.is_same_image(&self.identity) && !apart {
-                let (first, sectors) = (start / shadow::SECTOR, len / shadow::SECTOR);
-                return Err(ShadowError::OtherWindow(shadow, first, sectors));
+            } = stored.ok_or_else(|| bad(&path, "it cannot be read; remove it to pass it over"))?;
+            let (facts, range) = (self.identity.facts, (self.start, self.len));
+            if !identity.facts.shares_bytes((start, len), &facts, range) {
+                continue;
+            }
+            match identity.difference(&self.identity) {
+                Some(Difference::Doubt { .. }) if told == Some(&shadow) => in_doubt.push(path),
+                Some(doubt @ Difference::Doubt { .. }) => {
+                    return Err(ShadowError::RecordInDoubt(path, shadow, doubt.to_string()));
+                }
+                None | Some(Difference::Size(..)) if path != self.path => {
+                    let (first, sectors) = (start / shadow::SECTOR, len / shadow::SECTOR);
+                    return Err(ShadowError::OtherWindow(shadow, first, sectors));
+                }
+                _ => {}
             }
         }
-        Ok(())
+        Ok(in_doubt)
     }
 
     /// The shadow that a record speaks of, if there is a record.
@@ -181,6 +222,11 @@ impl Stored {
                 a: number("identity_a")?,
                 b: number("identity_b")?,
                 facts,
+                // What was written before this was kept tells nothing.
+                boot: [
+                    number("boot_high").unwrap_or(0),
+                    number("boot_low").unwrap_or(0),
+                ],
                 ..*now
             },
             start: number("start")?,
@@ -192,7 +238,7 @@ impl Stored {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use shadow::{FileFacts, Kind, RealFiles};
+    use shadow::{DeviceFacts, FileFacts, Kind, RealFiles};
 
     /// A loop device over a file: its number is in `a`, as 0.1.0 knew it.
     fn identity(a: u64, inode: u64) -> Identity {
@@ -213,6 +259,89 @@ mod tests {
                 limit: 0,
                 bytes: 1 << 20,
             },
+            boot: [8, 9],
+        }
+    }
+
+    #[test]
+    fn a_record_that_may_be_of_this_image_is_a_refusal_and_one_of_another_part_is_not() {
+        let dir = tempfile::tempdir().unwrap();
+        let (files, shadow) = (&RealFiles, Path::new("/s"));
+        let of = |identity| Record::of(files, dir.path(), shadow, identity, (0, 512));
+        let whole = identity(1, 12);
+        let Facts::Loop { file, bytes, .. } = whole.facts else {
+            unreachable!()
+        };
+        let part = |offset, limit| Identity {
+            facts: Facts::Loop {
+                file,
+                offset,
+                limit,
+                bytes,
+            },
+            ..whole
+        };
+        let then = of(part(4096, 8192));
+        then.write(files, 512).unwrap();
+        // Under the old number of `a`, and in the same place of the exported range.
+        for (now, is_refused) in [
+            (part(4096, 8192), false),
+            (part(12288, 8192), false),
+            (part(0, 4096), false),
+            // The first 512 bytes of them are others.
+            (whole, false),
+            (part(4096, 4096), true),
+            (part(4096, 0), true),
+        ] {
+            let record = of(now);
+            let refused = record.none_beside(files, None);
+            match &refused {
+                Err(ShadowError::RecordInDoubt(path, of, doubt)) if is_refused => {
+                    assert_eq!((path, &**of), (&then.path, shadow));
+                    let said = refused.as_ref().unwrap_err().to_string();
+                    assert!(said.contains("size limit 8192"), "{said}");
+                    assert!(doubt.contains(&now.facts.to_string()), "{doubt}");
+                    let other = record.none_beside(files, Some(Path::new("/other")));
+                    assert!(matches!(other, Err(ShadowError::RecordInDoubt(..))));
+                    // Told of it, it is in the operator's hands.
+                    let told = record.none_beside(files, Some(shadow)).unwrap();
+                    assert_eq!(told, std::slice::from_ref(&then.path));
+                }
+                Ok(none) if !is_refused => assert!(none.is_empty()),
+                other => panic!("{now:?}: {other:?}"),
+            }
+        }
+        let now = of(part(4096, 4096));
+        now.replace(files, 512, std::slice::from_ref(&then.path))
+            .unwrap();
+        assert!(now.path.exists() && !then.path.exists());
+    }
+
+    #[test]
+    fn a_disk_without_a_serial_is_known_by_its_record_only_while_it_is_plugged_in() {
+        let dir = tempfile::tempdir().unwrap();
+        let files = &RealFiles;
+        let disk = |diskseq, boot| Identity {
+            facts: Facts::Device(DeviceFacts {
+                diskseq,
+                bytes: 1 << 20,
+                ..DeviceFacts::default()
+            }),
+            boot,
+            ..identity(1, 12)
+        };
+        let of = |identity| Record::of(files, dir.path(), Path::new("/s"), identity, (0, 512));
+        let boot = [1, 2];
+        of(disk(u64::MAX, boot)).write(files, 512).unwrap();
+        assert!(of(disk(u64::MAX, boot)).none_beside(files, None).is_ok());
+        let found = of(disk(u64::MAX, boot)).read(files).unwrap();
+        assert_eq!(found, Some(PathBuf::from("/s")));
+        for other in [disk(u64::MAX - 1, boot), disk(u64::MAX, [1, 3])] {
+            let refused = of(other).none_beside(files, None);
+            assert!(
+                matches!(refused, Err(ShadowError::RecordInDoubt(..))),
+                "{refused:?}"
+            );
         }
     }
 

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 use nix::libc;
 use shadow::lock::{self, Lock, patiently};
-use shadow::{Difference, Geometry, Identity};
+use shadow::{Geometry, Identity};
 
 /// Why an image cannot be used.
 #[derive(Debug)]
@@ -23,7 +23,7 @@ enum Why {
     IsTheShadow,
     Locked,
     Busy,
-    Other(Difference),
+    Other(String),
     Short(u64),
     System(&'static str, io::Error),
 }
@@ -43,7 +43,7 @@ impl fmt::Display for ImageError {
             Why::Other(difference) => write!(
                 f,
                 "is not the one that the shadow was made for: {difference}; give that one, or \
-                 --other-image if this is a copy of it"
+                 --other-image if this is it, or a copy of it"
             ),
             Why::Short(needs) => write!(
                 f,
@@ -154,7 +154,7 @@ impl Image {
         other: bool,
     ) -> Result<(), ImageError> {
         match made_for.difference(&self.identity) {
-            Some(difference) if !other => Err(at(&self.path)(Why::Other(difference))),
+            Some(difference) if !other => Err(at(&self.path)(Why::Other(difference.to_string()))),
             _ if self.identity.bytes < window.end() => {
                 Err(at(&self.path)(Why::Short(window.end())))
             }

@@ -11,7 +11,7 @@ use std::time::UNIX_EPOCH;
 
 use shadow::paths::remove;
 use shadow::stamp::{Stamp, tell};
-use shadow::{Facts, Found, Geometry, Identity, Kind, Verdict};
+use shadow::{Facts, Found, Geometry, Identity, Kind, Verdict, boot_id};
 
 use crate::Trouble;
 use crate::image::Image;
@@ -177,7 +177,7 @@ pub fn no_arena(
         if its_boot != boot {
             continue;
         }
-        let waits = if arena.overlaps(window) {
+        let waits = if arena.overlaps(image, window) {
             // We have its window, so its target is dead.
             arena.is_of(image) || arena.was_of(made_for)
         } else {
@@ -242,7 +242,8 @@ impl Arena {
     fn was_of(&self, made_for: &Identity) -> bool {
         match &self.origin {
             Origin::Facts(facts) if made_for.facts != Facts::Unknown => {
-                facts.compare(&made_for.facts, false) != Verdict::Other
+                let same_boot = made_for.boot == boot_id();
+                facts.compare(&made_for.facts, same_boot) != Verdict::Other
             }
             Origin::Facts(Facts::File(file)) => {
                 made_for.kind == Kind::File && (file.inode, file.birth) == (made_for.a, made_for.b)
@@ -254,8 +255,13 @@ impl Arena {
         }
     }
 
-    fn overlaps(&self, window: &Geometry) -> bool {
-        self.start < window.end() && window.start() < self.start.saturating_add(self.len)
+    fn overlaps(&self, image: &Image, window: &Geometry) -> bool {
+        let facts = match self.origin {
+            Origin::Facts(facts) => facts,
+            Origin::V1 { .. } => Facts::Unknown,
+        };
+        let window = (window.start(), window.len());
+        facts.shares_bytes((self.start, self.len), &image.identity.facts, window)
     }
 }
 
@@ -276,14 +282,6 @@ pub fn tell_arenas(directory: &Path, image: &Image) {
             let _ = tell(Path::new(arena), &stamp);
         }
     }
-}
-
-/// The boot we are in; zeros where /proc does not tell.
-fn boot_id() -> [u64; 2] {
-    let text = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
-    let digits: String = text.chars().filter(char::is_ascii_hexdigit).collect();
-    let half = |range| u64::from_str_radix(digits.get(range).unwrap_or("0"), 16).unwrap_or(0);
-    [half(0..16), half(16..32)]
 }
 
 /// Takes away the records that speak of the shadow of this path, whichever of

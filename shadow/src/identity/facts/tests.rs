@@ -145,6 +145,30 @@ fn a_loop_device_is_its_backing_file() {
         bytes,
     };
     assert!(is_doubt(same_boot(over(FILE), part)));
+    // Parts that share no byte are two images, in this boot and after it.
+    let of = |offset, limit| Facts::Loop {
+        file,
+        offset,
+        limit,
+        bytes,
+    };
+    let mib = 1 << 20;
+    for same in [true, false] {
+        let compare = |a: Facts, b: Facts| a.compare(&b, same);
+        assert_eq!(compare(of(mib, mib), of(mib, mib)), Verdict::Same);
+        assert_eq!(compare(of(mib, mib), of(2 * mib, mib)), Verdict::Other);
+        assert_eq!(compare(of(2 * mib, 0), of(mib, mib)), Verdict::Other);
+        assert!(is_doubt(compare(of(mib, mib + 512), of(2 * mib, mib))));
+        assert!(is_doubt(compare(of(mib, 0), of(2 * mib, mib))));
+    }
+    // Of the exported ranges as well, in the coordinates of the file.
+    let all = (0, u64::MAX);
+    assert!(of(mib, mib).shares_bytes(all, &Facts::File(FILE), all));
+    assert!(!of(mib, mib).shares_bytes(all, &Facts::File(FILE), (0, mib)));
+    assert!(Facts::File(FILE).shares_bytes((0, mib + 1), &of(mib, mib), all));
+    assert!(!Facts::File(FILE).shares_bytes((2 * mib, mib), &of(mib, mib), all));
+    assert!(!of(0, 0).shares_bytes((0, 512), &of(512, 0), (0, 512)));
+    assert!(of(0, 0).shares_bytes((512, 512), &of(512, 0), (0, 512)));
     assert!(is_doubt(same_boot(over(FILE), Facts::File(FILE))));
     assert!(is_doubt(same_boot(Facts::File(FILE), over(FILE))));
     assert_eq!(same_boot(over(FILE), Facts::Device(DISK)), Verdict::Other);

@@ -33,6 +33,7 @@ fn options() -> ShadowOptions {
         path: Some(shadow_path().to_owned()),
         state_dir: "/state".into(),
         discard: false,
+        accept: false,
         export: "e1.1".into(),
     }
 }

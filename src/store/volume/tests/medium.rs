@@ -123,6 +123,7 @@ impl ShadowedImage for Medium {
             b: 2,
             bytes: BYTES as u64,
             facts: Facts::default(),
+            boot: [0; 2],
         })
     }
     fn window(&self) -> (u64, u64) {
