@@ -398,16 +398,17 @@ impl Arena {
         }
     }
 
-    /// Writes into a slot that does not count.
+    /// Writes into a slot that does not count and is not pinned: the cache looks
+    /// before it takes one, and hands out nothing of it before it is written.
     pub fn write(&mut self, slot: u32, at: usize, bytes: &[u8]) {
         let written = self.slots.write(slot, at, bytes);
-        assert!(written, "slot {slot} written while it is pinned");
+        debug_assert!(written, "slot {slot} written while it is pinned");
     }
 
-    /// Copies a part of a slot into one that does not count.
+    /// Copies a part of a slot into one that is as for [`write`](Arena::write).
     pub fn copy(&mut self, from: u32, to: u32, at: usize, len: usize) {
         let copied = self.slots.copy(from, to, at, len);
-        assert!(copied, "slot {to} written while it is pinned");
+        debug_assert!(copied, "slot {to} written while it is pinned");
     }
 
     /// A part of a slot, to look at now.

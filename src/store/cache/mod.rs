@@ -552,8 +552,12 @@ impl Cache {
     /// A slot to write into: a free one, or that of a clean block which was not
     /// used for the longest time (by the clock's measure).
     fn take_slot(&mut self) -> Option<u32> {
-        if let Some(slot) = self.free.pop() {
-            return Some(slot);
+        while let Some(slot) = self.free.pop() {
+            // Looked at again: the arena takes no write to a slot that is pinned.
+            if !self.arena.is_lent(slot) {
+                return Some(slot);
+            }
+            self.limbo.push(slot);
         }
         let arena = &self.arena;
         if let Some(at) = self.limbo.iter().position(|slot| !arena.is_lent(*slot)) {

@@ -454,6 +454,19 @@ fn a_dirty_block_never_gives_way_and_a_lent_slot_is_not_used_again() {
 }
 
 #[test]
+fn a_pinned_slot_is_not_written_even_where_the_list_calls_it_free() {
+    let (mut cache, now) = (empty(4), Instant::now());
+    cache.write(extent(0, 8), &[1; BLOCK], now).unwrap();
+    let read = cache.hit(extent(0, 8)).unwrap();
+    let slot = cache.find(0).unwrap();
+    cache.free.push(slot);
+    cache.write(extent(8, 8), &[2; BLOCK], now).unwrap();
+    assert_eq!(read[..], [1; BLOCK]);
+    assert_ne!(cache.find(1), Some(slot));
+    assert_eq!(cache.hit(extent(8, 8)).unwrap()[..], [2; BLOCK]);
+}
+
+#[test]
 fn what_is_forgotten_while_it_is_held_does_not_take_the_hold_along() {
     let (mut cache, now) = (empty(4), Instant::now());
     cache.keep(extent(0, 8), &fill(1, extent(0, 8)));
