@@ -1,5 +1,6 @@
 //! The command line as it is typed.
 
+use std::ffi::OsString;
 use std::path::PathBuf;
 
 use clap::Parser;
@@ -84,14 +85,17 @@ pub struct Cli {
     pub force: bool,
 
     /// Give up acknowledged writes that a dead target has left and that cannot
-    /// be used
-    #[arg(long)]
-    pub discard_arena: bool,
+    /// be used: all of this image, the only one that may be of this image, or this
+    /// one
+    #[arg(long, value_name = "PATH", num_args = 0..=1, require_equals = true)]
+    #[arg(default_missing_value = "")]
+    pub discard_arena: Vec<OsString>,
 
     /// Bring the writes that a dead target has left to this image, though it was
-    /// changed since or may be another one
-    #[arg(long, conflicts_with = "discard_arena")]
-    pub replay_arena: bool,
+    /// changed since or may be another one; in the same way
+    #[arg(long, value_name = "PATH", num_args = 0..=1, require_equals = true)]
+    #[arg(default_missing_value = "")]
+    pub replay_arena: Vec<OsString>,
 
     /// Give up what was written during a freeze whose shadow cannot be used
     #[arg(long)]

@@ -231,11 +231,7 @@ impl TryFrom<Cli> for Options {
             shared_address: cli.shared_address,
             state_dir,
             run_dir,
-            doubtful_arena: match (cli.discard_arena, cli.replay_arena) {
-                (true, _) => Doubtful::Discard,
-                (_, true) => Doubtful::Replay,
-                _ => Doubtful::Refuse,
-            },
+            doubtful_arena: doubtful(cli.replay_arena, cli.discard_arena)?,
             discard_shadow: cli.discard_shadow,
             accept_shadow: cli.accept_shadow,
             tuneup,
@@ -275,6 +271,24 @@ fn window(offset: Option<&str>, length: Option<&str>) -> Result<Window, ConfigEr
     Ok(Window {
         offset: offset.map_or(Ok(0), |text| number("-o", text, 0, max))?,
         length: length.map(|text| number("-l", text, 1, max)).transpose()?,
+    })
+}
+
+/// What is said of arenas that cannot be replayed as they are. No path is an empty
+/// one.
+fn doubtful(replay: Vec<OsString>, discard: Vec<OsString>) -> Result<Doubtful, ConfigError> {
+    let is_both = !replay.is_empty() && !discard.is_empty();
+    let has_no_path = replay.iter().chain(&discard).any(|path| path.is_empty());
+    if is_both && (has_no_path || replay.iter().any(|path| discard.contains(path))) {
+        return Err(usage(
+            "--replay-arena and --discard-arena together need the paths of different arenas",
+        ));
+    }
+    let path = |path: OsString| std::path::absolute(&path).unwrap_or_else(|_| path.into());
+    let paths = |list: Vec<OsString>| list.into_iter().map(path).collect();
+    Ok(Doubtful {
+        replay: paths(replay),
+        discard: paths(discard),
     })
 }
 

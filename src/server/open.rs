@@ -113,7 +113,7 @@ pub(super) fn open(options: &Options) -> Result<Export, ServeError> {
         state_dir: options.state_dir.clone(),
         run_dir: options.run_dir.clone(),
         cache_size: tuneup.cache_size,
-        doubt: options.doubtful_arena,
+        doubt: options.doubtful_arena.clone(),
     };
     let mut prepared = prepare(&image, &arena_options, shadow.as_mut())
         .map_err(|e| ServeError::Recover(address, e))?;

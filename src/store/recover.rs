@@ -9,6 +9,7 @@
 //! Their processes are dead, since we hold the lock on that range.
 
 mod changed;
+mod doubt;
 mod error;
 mod find;
 mod record;
@@ -24,6 +25,7 @@ use nix::sys::statvfs::statvfs;
 use shadow::boot_id;
 use shadow::stamp::{Clocks, real_time};
 
+pub use doubt::Doubtful;
 pub use error::{RecoverError, RecoverTrouble};
 pub use record::Record;
 pub use replay::Unreplayed;
@@ -37,7 +39,8 @@ use super::run_dir::{ARENAS, RunDir, RunDirError, is_memory};
 use super::shadow::FoundShadow;
 
 use changed::Seen;
-use find::{orphans, sort};
+use find::{Sorted, orphans, sort};
+use removal::discard_aside;
 use replay::Recovery;
 
 /// Bytes of a cache's block, unless the disk wants larger ones.
@@ -60,19 +63,6 @@ pub struct ArenaOptions {
     pub cache_size: u64,
     /// What the operator says of arenas that cannot be replayed as they are.
     pub doubt: Doubtful,
-}
-
-/// What becomes of an arena that is not certain to belong to the image as it is
-/// now.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Doubtful {
-    /// The start is refused.
-    #[default]
-    Refuse,
-    /// The writes in it are discarded (`--discard-arena`).
-    Discard,
-    /// The image is the right one (`--replay-arena`).
-    Replay,
 }
 
 /// What a start has to work with.
@@ -127,7 +117,11 @@ pub fn prepare(
         &mut found,
     );
     let block = block_bytes(image, shadow.as_deref());
-    let (ours, peers) = sort(found, image, &id, boot, options)?;
+    let Sorted {
+        ours,
+        peers,
+        given_up,
+    } = sort(found, image, &id, boot, options)?;
     let heads: Vec<Head> = ours
         .iter()
         .chain(&peers)
@@ -140,12 +134,15 @@ pub fn prepare(
         shadow,
         id,
         boot,
-        doubt: options.doubt,
+        doubt: &options.doubt,
         seen: Seen::of(heads.iter(), Clocks::now()),
         peers: ours.iter().chain(&peers).map(|l| l.arena.clone()).collect(),
         room: options.cache_size / UNREPLAYED_SHARE,
     };
     let unreplayed = recovery.recover(ours)?;
+    for left in &given_up {
+        discard_aside(&options.export, left)?;
+    }
     if image.is_read_only() {
         let arena = anonymous(&options.state_dir, block, options.cache_size)?;
         return Ok(Prepared {

@@ -110,14 +110,14 @@ impl Bed {
             assert!(said.contains("--discard-arena"), "no remedy in: {said}");
             assert!(said.contains(": e1.1: arena "), "no export in: {said}");
         }
-        let target = self.start(&["--discard-arena"]);
+        let said = stop(self.start(&["--discard-arena"])).join("\n");
         assert!(
             fs::read(self.store.image()).unwrap() == before,
             "the image was written"
         );
-        let said = stop(target).join("\n");
         assert!(said.contains("given up, as told"), "{said}");
         assert!(said.contains("e1.1: arena "), "{said}");
+        crate::support::remove(files(&self.store.arenas(), ".arena.discarded"));
         self.nothing_left();
     }
 

@@ -370,3 +370,128 @@ fn the_shadow_of_a_disk_without_a_serial_is_not_taken_for_that_of_the_next_disk(
     stop(bed.serve(1, &disk.path(), &[]));
     assert_eq!(sector_of(&disk.path(), 3), filled(0));
 }
+
+/// The arena of a served image in which hosts have written this sector.
+fn arena_with(bed: &Bed, sector: &[u8]) -> PathBuf {
+    let arenas = files(&bed.store.arenas(), ".arena");
+    let has = |path: &PathBuf| {
+        let bytes = fs::read(path).unwrap();
+        bytes.chunks_exact(512).any(|found| found == sector)
+    };
+    let found: Vec<_> = arenas.into_iter().filter(has).collect();
+    assert_eq!(found.len(), 1, "{found:?}");
+    found[0].clone()
+}
+
+#[test]
+fn parts_of_a_file_that_share_no_byte_do_not_stand_in_each_others_way() {
+    if !lab::require("two served parts of a file", &Loop::NEEDS) {
+        return;
+    }
+    let bed = Bed::new(64 << 11);
+    let file = bed.store.image();
+    let parts = [Part::new(&file, 1, 8), Part::new(&file, 32, 8)];
+    let die = || {
+        let mut targets: Vec<_> = (1..=2)
+            .map(|slot| bed.serve(slot, &parts[slot as usize - 1].path, &LATE))
+            .collect();
+        for slot in 1..=2 {
+            bed.client(slot).write_many(3, &filled(slot)).unwrap();
+        }
+        for target in &mut targets {
+            target.kill().unwrap();
+        }
+    };
+    // Whatever is said at the start of one, nothing becomes of the other's.
+    for options in [&[][..], &["--replay-arena"], &["--discard-arena"]] {
+        die();
+        stop(bed.serve(1, &parts[0].path, options));
+        let sectors = || [0, 1].map(|n| sector_of(&parts[n].path, 3));
+        assert_eq!(sectors(), [filled(1), filled(0)], "{options:?}");
+        // Nor does the file itself, of which other sectors are served.
+        stop(bed.serve(3, &file, &["-o", &(50 << 11).to_string()]));
+        stop(bed.serve(2, &parts[1].path, &[]));
+        assert_eq!(sectors(), [filled(1), filled(2)], "{options:?}");
+        fs::write(&file, vec![0; 64 << 20]).unwrap();
+    }
+    // With the file as a whole it is not certain.
+    die();
+    let said = bed.refused(3, &file, &["-o", &(1 << 11).to_string(), "-l", "2048"]);
+    assert!(said.contains("behind a loop device"), "{said}");
+    let said = bed.refused(3, &file, &["--replay-arena"]);
+    for slot in 1..=2 {
+        let arena = arena_with(&bed, &filled(slot)).display().to_string();
+        assert!(said.contains(&arena), "{said}");
+    }
+    for slot in 1..=2 {
+        stop(bed.serve(slot, &parts[slot as usize - 1].path, &[]));
+    }
+}
+
+#[test]
+fn of_several_arenas_in_doubt_the_operator_names_the_one() {
+    if !lab::require("two disks without a serial", &ZRAM_NEEDS) {
+        return;
+    }
+    let bed = Bed::new(8);
+    let mut disks = [Zram::new(), Zram::new()];
+    let die = |disks: &[Zram; 2]| {
+        let mut targets: Vec<_> = (1..=2)
+            .map(|slot| bed.serve(slot, &disks[slot as usize - 1].path(), &LATE))
+            .collect();
+        for slot in 1..=2 {
+            bed.client(slot).write_many(3, &filled(slot)).unwrap();
+        }
+        for target in &mut targets {
+            target.kill().unwrap();
+        }
+    };
+    die(&disks);
+    drop(disks);
+    // Both are plugged in again.
+    disks = [Zram::new(), Zram::new()];
+    let paths = [1, 2].map(|slot| arena_with(&bed, &filled(slot)).display().to_string());
+    for options in [&[][..], &["--replay-arena"], &["--discard-arena"]] {
+        let said = bed.refused(1, &disks[0].path(), options);
+        assert!(
+            said.contains(&paths[0]) && said.contains(&paths[1]),
+            "{said}"
+        );
+        assert!(said.contains("--replay-arena=PATH"), "{said}");
+        assert!(said.matches("diskseq").count() == 3, "{said}");
+    }
+    // Giving one up says nothing of the other.
+    let discard = format!("--discard-arena={}", paths[1]);
+    let said = bed.refused(1, &disks[0].path(), &[&discard]);
+    assert!(
+        said.contains(&paths[0]) && !said.contains(&paths[1]),
+        "{said}"
+    );
+    assert_eq!(
+        disks.each_ref().map(|disk| sector_of(&disk.path(), 3)),
+        [filled(0), filled(0)]
+    );
+    // The one that is named, and the other stays for its disk.
+    let replay = format!("--replay-arena={}", paths[0]);
+    let said = stop(bed.serve(1, &disks[0].path(), &[&replay])).join("\n");
+    assert!(
+        said.contains("stays as it is") && said.contains(&paths[1]),
+        "{said}"
+    );
+    assert_eq!(sector_of(&disks[0].path(), 3), filled(1));
+    assert!(Path::new(&paths[1]).exists());
+    stop(bed.serve(2, &disks[1].path(), &["--replay-arena"]));
+    assert_eq!(sector_of(&disks[1].path(), 3), filled(2));
+    // One that is given up is not gone.
+    die(&disks);
+    drop(disks);
+    disks = [Zram::new(), Zram::new()];
+    let both = [1, 2].map(|slot| {
+        let arena = arena_with(&bed, &filled(slot));
+        format!("--discard-arena={}", arena.display())
+    });
+    stop(bed.serve(1, &disks[0].path(), &[&both[0], &both[1]]));
+    assert_eq!(sector_of(&disks[0].path(), 3), filled(0));
+    assert_eq!(files(&bed.store.arenas(), ".arena.discarded").len(), 2);
+    assert!(files(&bed.store.state(), ".arena.toml").is_empty());
+}

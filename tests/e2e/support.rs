@@ -107,6 +107,13 @@ pub fn files(dir: &Path, end: &str) -> Vec<PathBuf> {
         .collect()
 }
 
+/// Removes these files.
+pub fn remove(files: Vec<PathBuf>) {
+    for file in files {
+        std::fs::remove_file(file).unwrap();
+    }
+}
+
 fn only(dir: &Path, end: &str) -> PathBuf {
     match &files(dir, end)[..] {
         [path] => path.clone(),

@@ -37,6 +37,39 @@ fn the_owners_command_lines_parse() {
 }
 
 #[test]
+fn an_arena_may_be_named() {
+    let arenas = |line: &str| {
+        let doubt = parse(&format!("1 1 eth0 img {line}"))
+            .unwrap()
+            .doubtful_arena;
+        let of = |list: Vec<PathBuf>| {
+            let text = list.iter().map(|path| path.display().to_string());
+            text.collect::<Vec<_>>().join(" ")
+        };
+        (of(doubt.replay), of(doubt.discard))
+    };
+    let both = |replay: &str, discard: &str| (replay.to_owned(), discard.to_owned());
+    assert_eq!(arenas(""), both("", ""));
+    let doubt = |line: &str| parse(line).unwrap().doubtful_arena;
+    let unnamed = doubt("--replay-arena 1 1 eth0 img");
+    assert!(unnamed.replay == [PathBuf::new()] && unnamed.discard.is_empty());
+    let unnamed = doubt("1 1 eth0 img --discard-arena");
+    assert!(unnamed.discard == [PathBuf::new()] && unnamed.replay.is_empty());
+    assert_eq!(
+        arenas("--replay-arena=/a --discard-arena=/b --discard-arena=/c"),
+        both("/a", "/b /c")
+    );
+    for wrong in [
+        "--replay-arena --discard-arena",
+        "--replay-arena=/a --discard-arena",
+        "--replay-arena=/a --discard-arena=/a",
+    ] {
+        let (code, said) = refused(&format!("1 1 eth0 img {wrong}"));
+        assert!(code == 2 && said.contains("different arenas"), "{said}");
+    }
+}
+
+#[test]
 fn shelf_and_slot_may_be_one_word_as_linux_writes_it() {
     for line in [
         "e3.7 lo img",

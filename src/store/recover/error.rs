@@ -27,12 +27,13 @@ pub enum RecoverTrouble {
     Arena(ArenaTrouble),
     /// It belongs to another image.
     OtherImage,
-    /// It may belong to this image; both sides in words.
+    /// It may belong to this image, or others may; both sides in words.
     Doubt {
-        /// Why that is not certain.
-        why: &'static str,
-        /// The image that the arena is of.
-        then: String,
+        /// Of each arena its path, why that is not certain, and the image that it is
+        /// of.
+        then: Vec<String>,
+        /// Arenas that are certainly of this image.
+        others: Vec<PathBuf>,
         /// The image that is to be served.
         now: String,
     },
@@ -75,13 +76,12 @@ impl RecoverTrouble {
     /// Returns what `--discard-arena` does about it.
     pub(super) fn discarded(&self) -> Discarded {
         match self {
-            RecoverTrouble::Gone
-            | RecoverTrouble::Arena(_)
-            | RecoverTrouble::OtherImage
+            RecoverTrouble::Gone | RecoverTrouble::Arena(_) => Discarded::Removed,
+            RecoverTrouble::OtherImage
             | RecoverTrouble::Doubt { .. }
             | RecoverTrouble::Shrunk
-            | RecoverTrouble::Changed => Discarded::Removed,
-            RecoverTrouble::ReadOnly
+            | RecoverTrouble::Changed
+            | RecoverTrouble::ReadOnly
             | RecoverTrouble::Replay(_)
             | RecoverTrouble::ReplayFrozen(_)
             | RecoverTrouble::TooManyBad(_) => Discarded::SetAside,
@@ -112,26 +112,50 @@ impl fmt::Display for RecoverError {
             RecoverTrouble::OtherImage => {
                 write!(
                     f,
-                    "arena {path} belongs to another image; name another --run-dir, or {give_up}"
+                    "arena {path} belongs to another image; name another --run-dir, or {aside}"
                 )
             }
-            RecoverTrouble::Doubt { why, then, now } => write!(
-                f,
-                "arena {path} holds acknowledged writes, and it is not certain that they belong to \
-                 this image: {why}; they are of {then}; this is {now}; --replay-arena says that it \
-                 is the right image, {give_up}"
-            ),
+            RecoverTrouble::Doubt { then, others, now } => {
+                write!(
+                    f,
+                    "arena {path} holds acknowledged writes, and it is not certain that they belong \
+                     to this image: "
+                )?;
+                match &then[..] {
+                    [one] if others.is_empty() => {
+                        let why = one.strip_prefix(&format!("{path}: ")).unwrap_or(one);
+                        write!(
+                            f,
+                            "{why}; this is {now}; --replay-arena says that it is the right image, \
+                             {aside}"
+                        )
+                    }
+                    all => {
+                        for one in all {
+                            write!(f, "{one}; ")?;
+                        }
+                        for other in others {
+                            write!(f, "{} is certainly of this image; ", other.display())?;
+                        }
+                        write!(
+                            f,
+                            "this is {now}; --replay-arena=PATH names the one of this image, \
+                             --discard-arena=PATH sets one aside and starts without its writes"
+                        )
+                    }
+                }
+            }
             RecoverTrouble::Shrunk => write!(
                 f,
                 "arena {path} holds writes past the end of the image, which is smaller now; \
-                 restore its size, or {give_up}"
+                 restore its size, or {aside}"
             ),
             RecoverTrouble::Changed => write!(
                 f,
                 "arena {path}: the image was changed by someone else after the target died (or the \
                  clock was set, so that this is not certain), and \
                  the writes in the arena would land over that; --replay-arena says that the image \
-                 is the right one, {give_up}"
+                 is the right one, {aside}"
             ),
             RecoverTrouble::InUse => write!(
                 f,

@@ -7,9 +7,9 @@ use shadow::{Facts, Verdict};
 
 use super::super::arena::{Head, ImageId, OldArena};
 use super::super::image::Image;
+use super::doubt::InDoubt;
 use super::record::{ARENA, Left};
-use super::removal::discard;
-use super::{ArenaOptions, Doubtful, RecoverError, RecoverTrouble};
+use super::{ArenaOptions, RecoverError, RecoverTrouble};
 use crate::text::count;
 
 /// Adds the arenas in these directories that no record speaks of.
@@ -32,16 +32,26 @@ pub(super) fn orphans(export: &str, directories: &[&Path], found: &mut Vec<Left>
     }
 }
 
-/// The arenas of our image: those of our exported range, and others. Names those
-/// whose image is nowhere, and refuses those in doubt.
+/// The arenas that concern a start.
+pub(super) struct Sorted {
+    /// Of our image and exported range.
+    pub ours: Vec<Left>,
+    /// Of other ranges of our image.
+    pub peers: Vec<Left>,
+    /// In doubt, to be set aside as the operator said.
+    pub given_up: Vec<Left>,
+}
+
+/// Finds the arenas of our image. Names those whose image is nowhere, and refuses
+/// those in doubt.
 pub(super) fn sort(
     found: Vec<Left>,
     image: &Image,
     id: &ImageId,
     boot: [u64; 2],
     options: &ArenaOptions,
-) -> Result<(Vec<Left>, Vec<Left>), RecoverError> {
-    let (mut ours, mut peers) = (Vec::new(), Vec::new());
+) -> Result<Sorted, RecoverError> {
+    let (mut ours, mut peers, mut in_doubt) = (Vec::new(), Vec::new(), Vec::new());
     let path = fs::canonicalize(image.path()).unwrap_or_else(|_| image.path().to_owned());
     for left in found {
         let same_boot = left.boot == boot;
@@ -56,27 +66,43 @@ pub(super) fn sort(
             // Not left by anyone: its process serves another image.
             Verdict::Doubt(_) if Head::is_live(&left.arena) => {}
             Verdict::Doubt(why) if same_boot && left.overlaps(id) && sectors(&left) != Some(0) => {
-                match options.doubt {
-                    Doubtful::Refuse => {
-                        return Err(RecoverError {
-                            path: left.arena.clone(),
-                            why: RecoverTrouble::Doubt {
-                                why,
-                                then: describe(&left),
-                                now: format!("{}: {}", path.display(), id.facts),
-                            },
-                        });
-                    }
-                    Doubtful::Discard => discard(&options.export, &left)?,
-                    Doubtful::Replay => ours.push(left),
-                }
+                in_doubt.push((left, why));
             }
             Verdict::Other | Verdict::Doubt(_) => tell_if_lost(&options.export, &left, same_boot),
         }
     }
+    let settled = options.doubt.settle(in_doubt, ours.len());
+    if let Some((first, _)) = settled.refused.first() {
+        let then = |(left, why): &InDoubt| {
+            let arena = left.arena.display();
+            format!("{arena}: {why}; they are of {}", describe(left))
+        };
+        return Err(RecoverError {
+            path: first.arena.clone(),
+            why: RecoverTrouble::Doubt {
+                then: settled.refused.iter().map(then).collect(),
+                others: ours.iter().map(|left| left.arena.clone()).collect(),
+                now: format!("{}: {}", path.display(), id.facts),
+            },
+        });
+    }
+    for left in &settled.left_alone {
+        log::warn!(
+            "{}: arena {} stays as it is: another one was named for this image; its writes are of \
+             {}",
+            options.export,
+            left.arena.display(),
+            describe(left)
+        );
+    }
+    ours.extend(settled.replayed);
     // A newer one may hold what one before it could not bring to the disk.
     ours.sort_by_key(|left| Head::read(&left.arena).map_or(0, |head| head.created));
-    Ok((ours, peers))
+    Ok(Sorted {
+        ours,
+        peers,
+        given_up: settled.discarded,
+    })
 }
 
 /// How many sectors an arena holds; `None` if it cannot be used.

@@ -4,6 +4,8 @@
 use std::fs;
 use std::io;
 
+use shadow::paths::rename;
+
 use super::super::arena::OldArena;
 use super::record::{self, Left};
 use super::{RecoverError, RecoverTrouble};
@@ -16,11 +18,15 @@ pub(super) fn discard(export: &str, left: &Left) -> Result<(), RecoverError> {
 }
 
 /// Sets an arena aside that the operator gives up, though nothing is wrong with
-/// it: the image does not take what it holds.
+/// it: the image does not take what it holds, or may not be the right one.
 pub(super) fn discard_aside(export: &str, left: &Left) -> Result<(), RecoverError> {
-    let aside = left.arena.with_extension("arena.discarded");
+    // Not over what was given up before.
+    let mut aside = left.arena.with_extension("arena.discarded");
+    while fs::symlink_metadata(&aside).is_ok() {
+        aside.as_mut_os_string().push("a");
+    }
     remove_record(left)?;
-    fs::rename(&left.arena, &aside).map_err(cannot_remove(left))?;
+    rename(&left.arena, &aside).map_err(cannot_remove(left))?;
     log::warn!(
         "{export}: arena {} given up, as told; it is {} now",
         left.arena.display(),

@@ -45,7 +45,7 @@ pub(super) struct Recovery<'a> {
     pub shadow: Option<&'a mut FoundShadow>,
     pub id: ImageId,
     pub boot: [u64; 2],
-    pub doubt: Doubtful,
+    pub doubt: &'a Doubtful,
     pub seen: Seen,
     /// The arenas of the image, of all exported ranges.
     pub peers: Vec<PathBuf>,
@@ -65,7 +65,7 @@ impl<'a> Recovery<'a> {
     /// Brings what the arenas of our range hold to the image, and takes them
     /// away.
     pub fn recover(&mut self, ours: Vec<Left>) -> Result<Unreplayed, RecoverError> {
-        let mut checked = Vec::new();
+        let (mut checked, mut given_up) = (Vec::new(), Vec::new());
         for left in ours {
             let fail = |why| RecoverError {
                 path: left.arena.clone(),
@@ -73,12 +73,18 @@ impl<'a> Recovery<'a> {
             };
             match self.check(left.clone()) {
                 Ok(found) => checked.extend(found),
-                Err(why) if self.doubt == Doubtful::Discard => match why.discarded() {
-                    Discarded::Removed => discard(self.export, &left)?,
-                    Discarded::SetAside => discard_aside(self.export, &left)?,
-                    Discarded::Not => return Err(fail(why)),
-                },
+                Err(why)
+                    if self.doubt.discards(&left.arena) && why.discarded() != Discarded::Not =>
+                {
+                    given_up.push((why.discarded(), left));
+                }
                 Err(why) => return Err(fail(why)),
+            }
+        }
+        for (how, left) in given_up {
+            match how {
+                Discarded::SetAside => discard_aside(self.export, &left)?,
+                _ => discard(self.export, &left)?,
             }
         }
         let mut unreplayed = Unreplayed::default();
@@ -91,7 +97,7 @@ impl<'a> Recovery<'a> {
             match self.replay(&old, &left.arena, &mut unreplayed.pieces) {
                 Ok(()) => {}
                 Err(why)
-                    if self.doubt == Doubtful::Discard
+                    if self.doubt.discards(&left.arena)
                         && why.discarded() == Discarded::SetAside =>
                 {
                     unreplayed.pieces = before;
@@ -134,7 +140,7 @@ impl<'a> Recovery<'a> {
             ArenaTrouble::InUse => RecoverTrouble::InUse,
             e => RecoverTrouble::Arena(e),
         })?;
-        let is_replayed = self.doubt == Doubtful::Replay;
+        let is_replayed = self.doubt.replays(&left.arena);
         if old.head.origin.compare(&self.id, true) != Verdict::Same && !is_replayed {
             return Err(RecoverTrouble::OtherImage);
         }
