@@ -14,7 +14,7 @@ use super::super::cache::Record;
 /// The most bytes of a slice, and the most places that it is about: a disk that
 /// seeks needs as long for a few scattered blocks as for many in a row.
 const SLICE_MAX: u64 = 4 << 20;
-const SLICE_RUNS_MAX: usize = 256;
+pub(super) const SLICE_RUNS_MAX: usize = 256;
 
 /// When the disk made progress.
 #[derive(Debug)]
@@ -85,11 +85,13 @@ impl Progress {
 }
 
 /// Cuts what a sync covers into slices of the file, of (offset, length), in the
-/// order of their places. `place` says where a block's sectors are: the block,
-/// and a mask of sectors. Empty if all of it is one slice.
+/// order of their places, each of at most so many places. `place` says where a
+/// block's sectors are: the block, and a mask of sectors. Empty if all of it is one
+/// slice.
 pub(super) fn slices(
     records: &[Record],
     block: u64,
+    runs_max: usize,
     place: impl Fn(u64, u64) -> (u64, u64),
 ) -> VecDeque<(u64, u64)> {
     let sectors = records.iter().map(Record::sectors);
@@ -104,7 +106,7 @@ pub(super) fn slices(
         slice = Some(match slice {
             Some((start, last, bytes, runs)) => {
                 let apart = usize::from(at > last);
-                if bytes + block > SLICE_MAX || runs + apart > SLICE_RUNS_MAX {
+                if bytes + block > SLICE_MAX || runs + apart > runs_max {
                     slices.push_back((start, last - start));
                     (at, end, block, 1)
                 } else {

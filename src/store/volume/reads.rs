@@ -23,6 +23,9 @@ const AHEAD_MAX: usize = 8;
 const AHEAD_FILLS_MAX: usize = 16;
 /// Prefetches into the page cache that may be in flight.
 const PREFETCHES_MAX: usize = 16;
+/// The part of the reads that the disk may have while a sync is waited for. The
+/// kernel writes little at a time beside reads that wait (writeback throttling).
+const SYNC_SHARE: usize = 4;
 /// Verifies in flight. Nobody waits for their data, and each is long for the few
 /// bytes that ask for it.
 const VERIFIES_MAX: usize = 2;
@@ -284,7 +287,7 @@ impl Volume {
         if self.until_synced.is_empty() {
             size
         } else {
-            size / 2
+            size / SYNC_SHARE
         }
     }
 

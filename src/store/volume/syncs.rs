@@ -9,7 +9,7 @@ use shadow::{Chunk, Commit, Extent, SECTOR};
 use super::super::cache::{Epoch, Record};
 use super::super::disk::{Job, JobId};
 use super::freeze::{COMMIT, Stage};
-use super::progress::slices;
+use super::progress::{SLICE_RUNS_MAX, slices};
 use super::{Token, Volume};
 
 /// The part of a sync's time that the next one waits for those it served, and
@@ -214,13 +214,24 @@ impl Volume {
         // Past the page cache there is nothing to push.
         if frozen || !self.options.direct {
             let view = self.view.as_ref().filter(|_| frozen);
-            syncing.slices = slices(&syncing.records, sectors * SECTOR, |block, mask| {
-                let first = block * sectors + u64::from(mask.trailing_zeros());
-                let end = block * sectors + 64 - u64::from(mask.leading_zeros());
-                let at = first * SECTOR;
-                let at = view.map_or(at, |view| view.geometry.data_offset(at));
-                (at, (end - first) * SECTOR)
-            });
+            // A disk that reads as well gets as little at a time as it gets reads, or
+            // each read would wait for hundreds of writes.
+            let runs_max = match self.reading {
+                0 => SLICE_RUNS_MAX,
+                _ => self.window.size(self.sync_began) / 2,
+            };
+            syncing.slices = slices(
+                &syncing.records,
+                sectors * SECTOR,
+                runs_max,
+                |block, mask| {
+                    let first = block * sectors + u64::from(mask.trailing_zeros());
+                    let end = block * sectors + 64 - u64::from(mask.leading_zeros());
+                    let at = first * SECTOR;
+                    let at = view.map_or(at, |view| view.geometry.data_offset(at));
+                    (at, (end - first) * SECTOR)
+                },
+            );
         }
         self.syncing = Some(syncing);
         self.go_on_syncing();
