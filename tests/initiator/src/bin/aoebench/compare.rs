@@ -12,6 +12,7 @@ use initiator::engine::{Block, Engine, Op, Order, Plan, Tags};
 use initiator::error::{Error, Result};
 use initiator::lab::{Deadline, Namespace, Need, Process, Spawn, Veth, missing, pin};
 use initiator::port::Receive;
+use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
 use nix::unistd::Pid;
 
 use crate::answer::EngineName;
@@ -94,6 +95,9 @@ pub(crate) struct Arguments {
     /// Let the target of bare memory spin
     #[arg(long)]
     memory_spin: bool,
+    /// Begin with an image that is not in the page cache
+    #[arg(long)]
+    cold: bool,
     /// Give each target all processors instead of one
     #[arg(long)]
     no_pin: bool,
@@ -267,7 +271,11 @@ fn measure(
     label: &str,
     stop: &AtomicBool,
 ) -> Result<Vec<(usize, Sample)>> {
-    warm(&a.image)?;
+    if a.cold {
+        chill(&a.image)?;
+    } else {
+        warm(&a.image)?;
+    }
     let mut spawn = Spawn::new(&target.program)
         .args(&target.arguments)
         .inside(namespace);
@@ -293,7 +301,9 @@ fn measure(
         ..Plan::default()
     };
     let stopped = || stop.load(Ordering::Relaxed);
-    engine.run_until(&whole, stopped)?;
+    if !a.cold {
+        engine.run_until(&whole, stopped)?;
+    }
     let mut samples = Vec::new();
     for (index, case) in cases.iter().enumerate() {
         let sample = one(a, case, &mut engine, &process, &stopped)?;
@@ -357,6 +367,14 @@ fn warm(image: &Path) -> Result<()> {
     let end = Instant::now() + 10 * WARM;
     while Instant::now() < end && file.read(&mut buffer).map_err(Error::system(&name))? > 0 {}
     Ok(())
+}
+
+/// Has the kernel forget the image.
+fn chill(image: &Path) -> Result<()> {
+    let name = image.display().to_string();
+    let file = File::open(image).map_err(Error::system(&name))?;
+    file.sync_data().map_err(Error::system(&name))?;
+    posix_fadvise(&file, 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED).map_err(Error::system(name))
 }
 
 /// Has the kernel write back what one target left, so that the next is not

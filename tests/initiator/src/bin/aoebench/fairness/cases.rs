@@ -34,7 +34,7 @@ pub(super) struct Case {
 }
 
 /// All cases.
-pub(super) static CASES: [Case; 8] = [
+pub(super) static CASES: [Case; 9] = [
     Case {
         name: "verify:flush",
         what: "writes with a FLUSH in 16; 200 READ VERIFY/s of 255 sectors",
@@ -89,6 +89,17 @@ pub(super) static CASES: [Case; 8] = [
         polite: writes,
         rate: 1000,
         hostile: cold_read,
+    },
+    Case {
+        name: "durable:cold",
+        what: "cold reads of 512 bytes; 1000 writes/s with -s",
+        options: &["-s"],
+        sector: 512,
+        slow: true,
+        warm: false,
+        polite: cold_reads,
+        rate: 1000,
+        hostile: durable_write,
     },
     Case {
         name: "unaligned",
@@ -210,6 +221,10 @@ fn verify(n: u64) -> Frame {
 
 fn cold_read(n: u64) -> Frame {
     Frame::read(place(n), 1).padded(60)
+}
+
+fn durable_write(n: u64) -> Frame {
+    Frame::write(place(n), &[n as u8; 4096])
 }
 
 fn unaligned_write(n: u64) -> Frame {
