@@ -392,6 +392,26 @@ pub(crate) struct Planes {
     pub(crate) zero: [u64; WORDS],
 }
 
+impl Planes {
+    /// Gives chunks from this bit of the page on a state; they are all of the page.
+    pub(crate) fn set(&mut self, first: u64, count: u64, state: Chunk) {
+        let (mut bit, mut left) = (first, count);
+        while left > 0 {
+            let some = left.min(64 - bit % 64);
+            let (word, mask) = ((bit / 64) as usize, (u64::MAX >> (64 - some)) << (bit % 64));
+            self.data[word] &= !mask;
+            self.zero[word] &= !mask;
+            match state {
+                Chunk::Absent => {}
+                Chunk::Data => self.data[word] |= mask,
+                Chunk::Zero => self.zero[word] |= mask,
+            }
+            bit += some;
+            left -= some;
+        }
+    }
+}
+
 /// A page of the bitmap.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct BitmapPage {

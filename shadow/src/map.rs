@@ -277,26 +277,31 @@ impl Map {
     ///
     /// One commit at a time: a second plan makes the first one void.
     pub fn plan(&mut self, changes: impl IntoIterator<Item = (u64, Chunk)>) -> Commit {
+        let changes = changes.into_iter();
+        self.plan_runs(changes.map(|(chunk, state)| (chunk, 1, state)))
+    }
+
+    /// The same for runs of chunks, each with the first and their number.
+    pub fn plan_runs(&mut self, changes: impl IntoIterator<Item = (u64, u64, Chunk)>) -> Commit {
         let mut pages: BTreeMap<u64, Planes> = BTreeMap::new();
         for page in &self.doubtful {
             pages.insert(*page, self.planes(*page));
         }
-        for (chunk, state) in changes {
-            let Some((page, bit)) = self.place(chunk) else {
-                continue;
-            };
-            let changed = pages.contains_key(&page) || self.get(chunk) != state;
-            if !changed {
-                continue;
-            }
-            let planes = pages.entry(page).or_insert_with(|| self.planes(page));
-            let (word, bit) = ((bit / 64) as usize, 1 << (bit % 64));
-            planes.data[word] &= !bit;
-            planes.zero[word] &= !bit;
-            match state {
-                Chunk::Absent => {}
-                Chunk::Data => planes.data[word] |= bit,
-                Chunk::Zero => planes.zero[word] |= bit,
+        let window = self.geometry.first_chunk();
+        let behind = window + self.geometry.chunks();
+        for (first, count, state) in changes {
+            let (mut chunk, end) = (first.max(window), first.saturating_add(count).min(behind));
+            while let Some((page, bit)) = self.place(chunk).filter(|_| chunk < end) {
+                let stop = end.min(chunk - bit + PAGE_CHUNKS);
+                let changed = pages.contains_key(&page) || {
+                    let (now, same) = self.run(chunk, stop);
+                    now != state || same < stop - chunk
+                };
+                if changed {
+                    let planes = pages.entry(page).or_insert_with(|| self.planes(page));
+                    planes.set(bit, stop - chunk, state);
+                }
+                chunk = stop;
             }
         }
         self.plan += 1;
@@ -432,6 +437,30 @@ mod tests {
             change(&mut map, &[(4, Chunk::Data), (u64::MAX, Chunk::Zero)], true),
             0
         );
+    }
+
+    #[test]
+    fn a_run_is_changed_like_its_chunks() {
+        let (mut runs, mut single) = (map(3 * PAGE_CHUNKS), map(3 * PAGE_CHUNKS));
+        let edge = 5 + PAGE_CHUNKS;
+        for (first, count, state) in [
+            (edge - 70, 140, Chunk::Data),
+            (0, 6, Chunk::Zero),
+            (edge - 1, PAGE_CHUNKS + 2, Chunk::Zero),
+            (edge, 64, Chunk::Absent),
+            (edge + 2 * PAGE_CHUNKS - 3, u64::MAX, Chunk::Data),
+            (7, 0, Chunk::Data),
+        ] {
+            let commit = runs.plan_runs([(first, count, state)]);
+            let end = first.saturating_add(count).min(edge + 3 * PAGE_CHUNKS);
+            let other = single.plan((first..end).map(|chunk| (chunk, state)));
+            assert_eq!(commit.pages, other.pages);
+            runs.settle(commit, true);
+            single.settle(other, true);
+        }
+        // What is so already is no change, however large.
+        let whole = [(0, u64::MAX, Chunk::Absent)];
+        assert!(map(1 << 30).plan_runs(whole).pages.is_empty());
     }
 
     #[test]
