@@ -45,6 +45,8 @@ pub use writeback::{Record, Run};
 const PIECES_MAX: usize = 255 / 8 + 2;
 /// The part of the dirty slots that is kept for initiators that have few.
 const HEADROOM_SHARE: u64 = 32;
+/// How many slots can be passed over in the time of one look-up.
+const LOOKUP_COST: u64 = 8;
 /// So many slots must be allowed to be dirty, or a long write never has room.
 pub const DIRTY_MIN: u64 = PIECES_MAX as u64;
 
@@ -412,21 +414,60 @@ impl Cache {
         meta.present && !matches!(meta.state, State::Clean | State::Kept | State::Free)
     }
 
-    /// A block of an extent that is not on stable storage, if there is one.
-    pub fn unsynced_in(&self, extent: Extent) -> Option<Extent> {
-        let (first, end) = (
-            extent.start().0 / self.sectors,
-            extent.end().0.div_ceil(self.sectors),
-        );
-        let block = if end - first <= u64::from(self.slots()) {
-            let is_unsynced = |slot| self.is_unsynced_slot(slot);
-            (first..end).find(|block| self.find(*block).is_some_and(is_unsynced))
-        } else {
-            let slots = (0..self.slots()).filter(|slot| self.is_unsynced_slot(*slot));
-            let mut blocks = slots.map(|slot| self.meta[slot as usize].block);
-            blocks.find(|block| (first..end).contains(block))
-        };
-        Extent::new(Lba(block? * self.sectors), self.sectors)
+    /// A block of these extents that is not on stable storage, if there is one.
+    /// The extents are in order and do not overlap.
+    pub fn unsynced_in(&self, extents: &[Extent]) -> Option<Extent> {
+        if self.dirty == self.kept {
+            return None;
+        }
+        let held = self.held_in(extents).into_iter();
+        let mut unsynced = held.filter(|(slot, _)| self.is_unsynced_slot(*slot));
+        let block = self.meta[unsynced.next()?.0 as usize].block;
+        Extent::new(Lba(block * self.sectors), self.sectors)
+    }
+
+    /// The slots of the blocks that are here of these extents, which are in order
+    /// and do not overlap, and the sectors of the extents in each.
+    fn held_in(&self, extents: &[Extent]) -> Vec<(u32, u64)> {
+        let sectors: u64 = extents.iter().map(|extent| extent.count()).sum();
+        let blocks = sectors / self.sectors + 2 * extents.len() as u64;
+        let mut held: Vec<(u32, u64)> = Vec::new();
+        // A look-up costs more than a slot that is passed over.
+        if blocks <= u64::from(self.slots()) / LOOKUP_COST {
+            for piece in extents.iter().flat_map(|extent| self.pieces(*extent)) {
+                let Some(slot) = self.find(piece.block) else {
+                    continue;
+                };
+                match held.last_mut() {
+                    Some((last, mask)) if *last == slot => *mask |= piece.mask(),
+                    _ => held.push((slot, piece.mask())),
+                }
+            }
+            return held;
+        }
+        for (slot, meta) in (0u32..).zip(&self.meta) {
+            let mask = match meta.state {
+                State::Free => 0,
+                _ => self.mask_in(meta.block, extents),
+            };
+            if mask != 0 && self.find(meta.block) == Some(slot) {
+                held.push((slot, mask));
+            }
+        }
+        held
+    }
+
+    /// The sectors of a block that are in extents, which are in order and do not
+    /// overlap.
+    fn mask_in(&self, block: u64, extents: &[Extent]) -> u64 {
+        let (first, end) = (block * self.sectors, (block + 1) * self.sectors);
+        let behind = extents.partition_point(|extent| extent.end().0 <= first);
+        let within = extents[behind..].iter().take_while(|e| e.start().0 < end);
+        within.fold(0, |mask, extent| {
+            let from = extent.start().0.max(first) - first;
+            let count = extent.end().0.min(end) - first - from;
+            mask | ((u64::MAX >> (64 - count)) << from)
+        })
     }
 
     /// Whether all of an extent is here.
@@ -522,28 +563,25 @@ impl Cache {
             .publish(slot, self.sequence, block, dirty, generation);
     }
 
-    /// Forgets an extent, whose sectors the disk has made zeros. Nothing in the
-    /// cache is dirty now.
-    pub fn forget(&mut self, extent: Extent) {
-        for piece in self.pieces(extent) {
-            let Some(slot) = self.find(piece.block) else {
-                continue;
-            };
+    /// Forgets extents, whose sectors the disk has made zeros. Nothing of them is
+    /// dirty. They are in order and do not overlap.
+    pub fn forget(&mut self, extents: &[Extent]) {
+        for (slot, mask) in self.held_in(extents) {
             if self.meta[slot as usize].state == State::Kept {
-                self.forget_kept(slot, piece.mask());
+                self.forget_kept(slot, mask);
             }
             let meta = &self.meta[slot as usize];
             if meta.state == State::Kept {
-                self.hot[slot as usize].valid &= !piece.mask();
+                self.hot[slot as usize].valid &= !mask;
                 continue;
             }
             debug_assert_eq!(meta.state, State::Clean);
             let hot = &mut self.hot[slot as usize];
-            hot.valid &= !piece.mask();
+            hot.valid &= !mask;
             // A read of other sectors of the block may hold it; then it goes when
             // its slot is wanted.
             if hot.valid == 0 && meta.holds == 0 && !meta.waits {
-                self.index.remove(piece.block, slot);
+                self.index.remove(meta.block, slot);
                 self.release(slot);
             }
         }

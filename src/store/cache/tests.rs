@@ -471,7 +471,7 @@ fn what_is_forgotten_while_it_is_held_does_not_take_the_hold_along() {
     let (mut cache, now) = (empty(4), Instant::now());
     cache.keep(extent(0, 8), &fill(1, extent(0, 8)));
     let held = cache.hold(extent(0, 1));
-    cache.forget(extent(0, 8));
+    cache.forget(&[extent(0, 8)]);
     assert!(cache.hit(extent(0, 1)).is_none());
     // The block comes back while it is held.
     cache.write(extent(4, 1), &[2; 512], now).unwrap();
@@ -488,6 +488,21 @@ fn what_is_forgotten_while_it_is_held_does_not_take_the_hold_along() {
     for n in 16..20 {
         assert!(cache.hit(extent(8 * n, 8)).is_some());
     }
+}
+
+/// A discard may be of all of a large disk.
+#[test]
+fn a_large_extent_costs_no_more_than_the_slots() {
+    let (mut cache, now) = (empty(4), Instant::now());
+    let all = extent(0, 1 << 54);
+    cache.keep(extent(0, 8), &fill(1, extent(0, 8)));
+    cache.write(extent(800, 1), &[2; 512], now).unwrap();
+    assert_eq!(cache.unsynced_in(&[all]), Some(extent(800, 8)));
+    let around = [extent(0, 800), extent(808, 1 << 53)];
+    assert_eq!(cache.unsynced_in(&around), None);
+    cache.forget(&around);
+    assert!(cache.hit(extent(0, 1)).is_none());
+    assert!(cache.hit(extent(800, 1)).is_some());
 }
 
 #[test]

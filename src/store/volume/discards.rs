@@ -236,9 +236,8 @@ impl Volume {
         if self.discards.edges.is_some() {
             return self.zero_edges(now);
         }
-        let tried = self.health.trials() > 0;
-        if self.discards.is_empty() || self.discards.is_submitted() || tried || !self.may_discard()
-        {
+        let busy = self.discards.is_submitted() || self.health.trials() > 0;
+        if self.discards.is_empty() || busy || !self.may_discard() {
             return;
         }
         let mut ready: Vec<usize> = Vec::new();
@@ -278,27 +277,30 @@ impl Volume {
         let extents = joined(extents);
         let view = self.view.as_ref().filter(|_| self.discards_in_shadow());
         match view.map(|view| view.split(&extents)) {
-            Some((chunks, edges)) => {
+            Some((runs, edges)) => {
                 // They are written as those of the one who asked first.
                 let host = self.discards.submitted().find_map(|discard| discard.host);
                 let edges = edges.into_iter();
                 let edges = edges.filter_map(|edge| Some((host?.1, edge))).collect();
                 self.discards.edges = Some(edges);
-                self.submit_forget(chunks);
+                self.submit_forget(runs);
             }
             None => self.submit_discard(&extents),
         }
     }
 
     pub(super) fn submit_discard(&mut self, extents: &[Extent]) {
-        let ranges: Vec<(u64, u64)> = extents
-            .iter()
-            .map(|extent| (extent.byte_start(), extent.byte_len()))
-            .collect();
-        for (at, len) in &ranges {
-            self.cache.arena().write_begins(*at, *len);
+        self.note_discard(extents);
+        let ranges = extents.iter().map(|e| (e.byte_start(), e.byte_len()));
+        self.disk.submit(DISCARD, Job::Discard(ranges.collect()));
+    }
+
+    /// Notes in the arena that a discard begins.
+    fn note_discard(&mut self, extents: &[Extent]) {
+        for extent in extents {
+            let (at, len) = (extent.byte_start(), extent.byte_len());
+            self.cache.arena().write_begins(at, len);
         }
-        self.disk.submit(DISCARD, Job::Discard(ranges));
     }
 
     /// Looks how far a discard may go. What would undo this waits behind the
@@ -324,11 +326,7 @@ impl Volume {
             // What a merge is bringing will be dirty.
             let merges = discard.blocks.iter().any(|blocks| self.is_merging(*blocks));
             let still = discard.dirty.filter(|block| self.cache.is_unsynced(*block));
-            let any = || {
-                let mut blocks = discard.blocks.iter();
-                blocks.find_map(|blocks| self.cache.unsynced_in(*blocks))
-            };
-            dirty = still.or_else(any);
+            dirty = still.or_else(|| self.cache.unsynced_in(&discard.blocks));
             if shadow::fault!("discard-passes-writes") {
                 dirty = None;
             }
@@ -349,11 +347,9 @@ impl Volume {
         let all = self.discards.submitted().flat_map(|d| d.extents.clone());
         let extents = joined(all.collect());
         if let Some(view) = &self.view {
-            for chunk in view.split(&extents).0 {
-                if let Some(extent) = view.extent(chunk, 1) {
-                    self.cache.forget(extent);
-                }
-            }
+            let runs = view.split(&extents).0.into_iter();
+            let whole = runs.filter_map(|(first, count)| view.extent(first, count));
+            self.cache.forget(&whole.collect::<Vec<Extent>>());
         }
         self.zero_edges(now);
     }
@@ -388,7 +384,7 @@ impl Volume {
         // In the shadow it is forgotten already, but for what was written.
         if ok && !in_shadow {
             let ended = self.discards.submitted().filter(|d| d.host.is_some());
-            let extents: Vec<Extent> = ended.flat_map(|d| d.extents.clone()).collect();
+            let extents = joined(ended.flat_map(|d| d.extents.clone()).collect());
             self.forget_discarded(&extents, now);
         }
         let mut index = 0;
@@ -432,8 +428,8 @@ impl Volume {
     fn forget_discarded(&mut self, extents: &[Extent], now: Instant) {
         for extent in extents {
             self.overtake_fills(*extent);
-            self.cache.forget(*extent);
         }
+        self.cache.forget(extents);
         // What is kept in the same blocks is dirty from here on.
         for extent in extents {
             self.landed(*extent, now);
@@ -493,13 +489,13 @@ impl Volume {
     }
 
     /// Makes chunks zeros in the shadow's bitmap.
-    fn submit_forget(&mut self, chunks: Vec<u64>) {
+    fn submit_forget(&mut self, runs: Vec<(u64, u64)>) {
         let (Some(view), Some(side)) = (&mut self.view, &mut self.freezing.side) else {
             return;
         };
-        let commit = view
-            .map
-            .plan(chunks.into_iter().map(|chunk| (chunk, Chunk::Zero)));
+        let zeros = runs.into_iter();
+        let zeros = zeros.map(|(first, count)| (first, count, Chunk::Zero));
+        let commit = view.map.plan_runs(zeros);
         let pages = commit.pages.clone();
         self.freezing.forgetting = Some(commit);
         let data_first = false;

@@ -76,22 +76,31 @@ impl View {
         mask
     }
 
-    /// The chunks that extents cover whole, as far as the window has them, and
-    /// what is left at their ends.
-    pub fn split(&self, extents: &[Extent]) -> (Vec<u64>, Vec<Extent>) {
+    /// The runs of chunks, of (first, count), that extents cover whole, as far as
+    /// the window has them, and what is left at their ends.
+    pub fn split(&self, extents: &[Extent]) -> (Vec<(u64, u64)>, Vec<Extent>) {
         let (mut whole, mut edges) = (Vec::new(), Vec::new());
-        for extent in extents {
-            let (mut at, end) = (extent.byte_start(), extent.byte_start() + extent.byte_len());
-            while at < end {
-                let chunk = self.geometry.chunk_of(at);
-                let (first, len) = self.geometry.within(chunk);
-                let stop = (first + len).min(end);
-                if at == first && stop == first + len {
-                    whole.push(chunk);
-                } else {
-                    edges.extend(Extent::new(Lba(at / SECTOR), (stop - at) / SECTOR));
-                }
-                at = stop;
+        let mut edge = |at: u64, end: u64| {
+            if at < end {
+                edges.extend(Extent::new(Lba(at / SECTOR), (end - at) / SECTOR));
+            }
+        };
+        for extent in extents.iter().filter(|extent| !extent.is_empty()) {
+            let (at, end) = (extent.byte_start(), extent.byte_start() + extent.byte_len());
+            let mut first = self.geometry.chunk_of(at);
+            let mut last = self.geometry.chunk_of(end - 1);
+            let (start, len) = self.geometry.within(first);
+            if at > start || end < start + len {
+                edge(at, end.min(start + len));
+                first += 1;
+            }
+            let (start, len) = self.geometry.within(last);
+            if last >= first && end < start + len {
+                edge(start, end);
+                last -= 1;
+            }
+            if last >= first {
+                whole.push((first, last + 1 - first));
             }
         }
         (whole, edges)
