@@ -23,6 +23,7 @@ mod marks;
 mod merge;
 mod progress;
 mod reads;
+mod redo;
 mod room;
 mod syncs;
 mod view;
@@ -52,6 +53,7 @@ use marks::Marks;
 use merge::Merge;
 use progress::Progress;
 use reads::{Fill, Stream, WaitingRead};
+use redo::{REDO, Redo};
 use syncs::{Gather, PUSH, Syncing, Trouble, Waiter};
 use view::View;
 use window::Window;
@@ -217,6 +219,7 @@ pub struct Volume {
     write_bytes: Shares,
     write_marks: Marks,
     discards: Discards,
+    redo: Redo,
     /// Of the last write or discard that had to wait.
     sequence: u64,
     held_reads: VecDeque<WaitingRead>,
@@ -297,6 +300,7 @@ impl Volume {
             ),
             write_marks: Marks::new(),
             discards: Discards::new(),
+            redo: Redo::default(),
             sequence: 0,
             held_reads: VecDeque::new(),
             reads: FairQueue::new(PARKED_MAX + PARKED_HEADROOM),
@@ -524,6 +528,7 @@ impl Volume {
         self.window.ended(now, ended, self.reading);
         self.advance_freeze(now);
         self.start_held_reads(now);
+        self.start_redo(now);
         self.start_waiting(now);
         self.start_trials(now);
         self.watch_kept(now);
@@ -585,7 +590,8 @@ impl Volume {
     pub fn deadline(&self) -> Option<Instant> {
         let mut deadline = self.trouble.retry_at();
         let freeze = self.freeze_deadline();
-        let retry = self.health.deadline();
+        // What is kept is not tried before discards that are to be done again.
+        let retry = self.health.deadline().filter(|_| !self.redo.is_pending());
         let mut by = |time: Instant| {
             deadline = Some(deadline.map_or(time, |other| other.min(time)));
         };
@@ -652,6 +658,7 @@ impl Volume {
             FORGET => self.forget_ended(ok, now),
             STEP => self.step_ended(Ok(()), now),
             DISCARD => self.discard_ended(ok, now),
+            REDO => self.redo_ended(ok, now),
             SAVE => {
                 if let Some(token) = self.save.take() {
                     self.complete(token, None, ok);

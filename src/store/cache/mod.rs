@@ -15,6 +15,7 @@
 //!
 //! All extents are sectors of the backing, not of the export.
 
+mod again;
 mod epochs;
 mod generations;
 mod index;
@@ -169,6 +170,8 @@ pub struct Cache {
     partial: Option<u32>,
     /// Versions written back that the next sync covers.
     written: Vec<Record>,
+    /// Discards that a failed sync was to cover, until they are done again.
+    undone: Vec<Record>,
     /// Slots with dirty sectors, and those of them that are kept.
     dirty: u32,
     kept: u32,
@@ -257,6 +260,7 @@ impl Cache {
             plan: std::collections::VecDeque::new(),
             partial: None,
             written: Vec::new(),
+            undone: Vec::new(),
             dirty: 0,
             kept: 0,
             owned: Shares::new(u64::from(count), 0),
@@ -525,7 +529,10 @@ impl Cache {
             false => most / HEADROOM_SHARE,
         };
         let writer = self.writer;
-        let mut room = fresh == 0 || self.owned.admits_of(most, headroom, writer, fresh);
+        // A slot is left for what must be completed before it can be written back.
+        let fits = u64::from(self.dirty) + fresh < u64::from(self.arena.usable());
+        let admits = || fits && self.owned.admits_of(most, headroom, writer, fresh);
+        let mut room = fresh == 0 || admits();
         for (piece, slot) in self.pieces(extent).zip(&mut slots) {
             if room && self.in_place(piece.block).is_none() {
                 match self.take_slot() {

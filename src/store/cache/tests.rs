@@ -216,7 +216,8 @@ impl<'a> Bench<'a> {
             let counts = |meta: &&Meta| states.contains(&meta.state) && meta.epoch == epoch;
             cache.meta.iter().filter(counts).count()
         };
-        let records = cache.written.iter().chain(self.syncing.iter().flatten());
+        let records = cache.written.iter().chain(&cache.undone);
+        let records = records.chain(self.syncing.iter().flatten());
         let epochs: Vec<Epoch> = records.map(|record| cache.epoch_of(record)).collect();
         for meta in cache.meta.iter().filter(|meta| meta.state != State::Free) {
             let account = cache.epochs.counts(meta.epoch);
@@ -502,6 +503,9 @@ fn a_large_extent_costs_no_more_than_the_slots() {
     assert_eq!(cache.unsynced_in(&around), None);
     cache.forget(&around);
     assert!(cache.hit(extent(0, 1)).is_none());
+    assert!(cache.hit(extent(800, 1)).is_some());
+    assert_eq!(cache.dirty_extents(), [extent(800, 1)]);
+    cache.forget_clean(&[all]);
     assert!(cache.hit(extent(800, 1)).is_some());
 }
 

@@ -39,6 +39,8 @@ pub struct Record {
     slot: u32,
     sequence: u64,
     epoch: Epoch,
+    /// `true` for a discard, which must be done again after a failed sync.
+    pub(super) is_discard: bool,
 }
 
 impl Record {
@@ -304,6 +306,7 @@ impl Cache {
             slot,
             sequence: meta.sequence,
             epoch: meta.epoch,
+            is_discard: false,
         });
     }
 
@@ -327,8 +330,7 @@ impl Cache {
         }
     }
 
-    /// Something was written that has no slot (a discard): the next sync covers
-    /// it.
+    /// Something was written that has no slot: the next sync covers it.
     pub fn record_outside(&mut self, now: Instant) -> Epoch {
         let epoch = self.epochs.current();
         self.epochs.add(epoch, false, now);
@@ -338,6 +340,7 @@ impl Cache {
             slot: NONE,
             sequence: 0,
             epoch,
+            is_discard: false,
         });
         epoch
     }
@@ -423,6 +426,7 @@ impl Cache {
                     self.epochs.unwritten(epoch);
                     self.queue_front(slot);
                 }
+                (false, None) if record.is_discard => self.undone.push(record),
                 (false, None) if record.slot == NONE => self.written.push(record),
                 (false, None) => {
                     let newer = self.at_hand(record.block);

@@ -16,7 +16,7 @@ use shadow::{Chunk, Extent, Lba, SECTOR};
 
 use super::super::disk::Job;
 use super::super::fair::{Initiator, Queue, Shares};
-use super::freeze::{FORGET, Stage};
+use super::freeze::{Destination, FORGET, Stage};
 use super::reads::WaitingRead;
 use super::syncs::Waiter;
 use super::{DISCARD, Refused, Token, Volume};
@@ -154,7 +154,7 @@ impl Discards {
 }
 
 /// Extents in their order, those that overlap or touch made one.
-fn joined(mut extents: Vec<Extent>) -> Vec<Extent> {
+pub(super) fn joined(mut extents: Vec<Extent>) -> Vec<Extent> {
     extents.sort_unstable_by_key(|extent| extent.start());
     let mut joined: Vec<Extent> = Vec::with_capacity(extents.len());
     for extent in extents {
@@ -290,13 +290,14 @@ impl Volume {
     }
 
     pub(super) fn submit_discard(&mut self, extents: &[Extent]) {
+        self.redo.begins();
         self.note_discard(extents);
         let ranges = extents.iter().map(|e| (e.byte_start(), e.byte_len()));
         self.disk.submit(DISCARD, Job::Discard(ranges.collect()));
     }
 
     /// Notes in the arena that a discard begins.
-    fn note_discard(&mut self, extents: &[Extent]) {
+    pub(super) fn note_discard(&mut self, extents: &[Extent]) {
         for extent in extents {
             let (at, len) = (extent.byte_start(), extent.byte_len());
             self.cache.arena().write_begins(at, len);
@@ -396,7 +397,7 @@ impl Volume {
                 discard.alone = true;
                 index += 1;
             } else if let Some(discard) = self.discards.list.remove(index) {
-                self.end_discard(discard, ok, now);
+                self.end_discard(discard, in_shadow, ok, now);
             }
         }
         for _ in 0..self.held_reads.len() {
@@ -404,20 +405,25 @@ impl Volume {
         }
     }
 
-    fn end_discard(&mut self, discard: Discard, ok: bool, now: Instant) {
+    fn end_discard(&mut self, discard: Discard, in_shadow: bool, ok: bool, now: Instant) {
         let Some((token, queue)) = discard.host else {
             return self.zeros_ended(ok, now);
         };
         self.discards.places.release(queue, 1);
         if ok {
-            let epoch = self.cache.record_outside(now);
+            let epoch = if in_shadow {
+                self.cache.record_outside(now)
+            } else {
+                let again = self.redo.ended(&discard.extents);
+                self.cache.record_discard(again, now)
+            };
             if discard.durable || self.needs_bits() {
                 self.until_synced.push_back(Waiter {
                     token,
                     epoch,
                     since: now,
                     flush: false,
-                    extent: None,
+                    extent: Some(discard.hull),
                 });
                 return;
             }
@@ -470,7 +476,7 @@ impl Volume {
     /// as zeros goes on in the cache.
     pub(super) fn is_discarding(&self) -> bool {
         let in_image = self.discards.is_submitted() && self.discards.edges.is_none();
-        in_image || self.freezing.is_forgetting()
+        in_image || self.redo.is_in_flight() || self.freezing.is_forgetting()
     }
 
     /// Whether a discard may begin now.
@@ -480,7 +486,7 @@ impl Volume {
             self.freezing.stage,
             Stage::Running | Stage::Creating { made: false, .. } | Stage::Held { .. }
         );
-        shadow || image
+        shadow || (image && !self.redo.is_pending() && !self.redo.is_full())
     }
 
     /// Whether discards are bits of the shadow now.
@@ -505,6 +511,11 @@ impl Volume {
     pub(super) fn forget_ended(&mut self, ok: bool, now: Instant) {
         let commit = self.freezing.forgetting.take();
         self.settle(commit, ok);
+        let trusted = shadow::fault!("failed-bits-sync-trusted");
+        if !ok && !trusted && self.destination() == Some(Destination::Shadow) {
+            // The sync that failed was of the data there as well.
+            self.cache.write_again(now);
+        }
         self.forgotten(ok, now);
     }
 

@@ -265,6 +265,9 @@ impl Volume {
 
     /// Begins what waits and can be tried now.
     pub(super) fn start_trials(&mut self, now: Instant) {
+        if self.redo.is_pending() {
+            return;
+        }
         let mut waiting = std::mem::take(&mut self.health.waiting);
         while let Some(trial) = waiting.pop_front() {
             let earlier = self.health.waiting.iter();
@@ -314,6 +317,10 @@ impl Volume {
     /// Tries a host's write; gives it back if there is no room for that now.
     fn submit_trial(&mut self, bad: Extent, trial: Trial) -> Result<(), Trial> {
         let span = self.span_of(bad, trial.extent);
+        // The cache has them as they were before what is being tried.
+        if self.health.is_tried(span) && !shadow::fault!("trials-overlap") {
+            return Err(trial);
+        }
         let Some(mut data) = self.cached(span) else {
             return Err(trial);
         };
@@ -395,6 +402,9 @@ impl Volume {
             };
             self.health.cursor = Some(kept.end().0);
             let span = self.span_of(kept, kept);
+            if self.health.is_tried(span) {
+                continue;
+            }
             if let Some(data) = self.cached(span) {
                 let _ = self.submit_flight(span, data);
             }
@@ -428,8 +438,11 @@ impl Volume {
         }
         self.made_progress(now);
         self.landed(span, now);
-        // Before all that waits for it.
-        let trial = trial.and_then(|trial| self.take_trial(trial, now));
+        // Before all that waits for it. More of its sectors may be bad meanwhile.
+        let trial = trial.and_then(|trial| match self.health.ranges.hull_in(trial.extent) {
+            Some(_) => Some(trial),
+            None => self.take_trial(trial, now),
+        });
         if let Some(trial) = trial {
             self.health.waiting.push_front(trial);
         }

@@ -246,7 +246,8 @@ impl Volume {
     pub(super) fn zeros_ended(&mut self, ok: bool, now: Instant) {
         self.merge.zeros = false;
         let zeroing = std::mem::take(&mut self.merge.zeroing);
-        if ok {
+        // What a failed sync may have taken back is made zeros again.
+        if ok && !self.redo.has_failed_meanwhile() {
             self.merge.zeroed.extend(zeroing);
             // For the next sync, behind which the bits are cleared.
             self.cache.record_outside(now);

@@ -35,7 +35,7 @@ pub(super) struct Waiter {
     pub since: Instant,
     /// A flush is told of a failure; a write waits for the next try.
     pub flush: bool,
-    /// Of a write its sectors.
+    /// Of a write or a discard its sectors.
     pub extent: Option<Extent>,
 }
 
@@ -179,6 +179,7 @@ impl Volume {
     /// settled here: of a chunk that is written meanwhile they say the same.
     pub(super) fn submit_sync(&mut self) {
         let records = self.cache.begin_sync();
+        self.redo.sync_begins();
         let sectors = self.cache.block_bytes() / SECTOR;
         let frozen = matches!(self.freezing.stage, Stage::Frozen);
         let thawing = matches!(self.freezing.stage, Stage::Thawing);
@@ -337,6 +338,7 @@ impl Volume {
         }
         self.settle(syncing.commit, ok);
         self.cache.sync_ended(syncing.records, ok, now);
+        self.redo.sync_ended(ok);
         if ok {
             self.progress.made(now);
             // Not every sync is the end of it: one sector may go on failing
@@ -354,6 +356,8 @@ impl Volume {
                 );
             }
         } else {
+            // Their bits say so still: they are made zeros again.
+            self.merge.take_zeroed();
             self.failed(now);
             self.trouble.sync_failed = true;
         }

@@ -15,6 +15,7 @@ use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::sync::Mutex;
 
+mod again;
 mod bad_sectors;
 mod freezing;
 mod limits;
@@ -235,6 +236,8 @@ impl World {
         let fate = Rc::new(RefCell::new(Fate {
             seed,
             failing,
+            sync_fails: false,
+            hold_tries: false,
             now: !build.direct,
             hold_reads: false,
             looks: true,
@@ -491,13 +494,11 @@ proptest! {
 fn live(world: &mut World, ops: Vec<(u8, u64, u64)>) {
     let failing = world.fate.borrow().failing;
     for (n, (op, start, count)) in ops.into_iter().enumerate() {
-        // A discard that a failed sync took back is not done again: what
-        // it may bring back was there before it.
-        let op = if failing > 0 && op == 12 { 13 } else { op };
         // Nobody knows of what a failed sync has lost once the process is dead
         // that had it in its memory.
-        let through = failing > 0 && world.build.write_through;
-        let op = if through && op == 19 { 13 } else { op };
+        let in_memory = world.build.write_through || world.volume.has_undone_discards();
+        let lost = failing > 0 && in_memory;
+        let op = if lost && op == 19 { 13 } else { op };
         world.step(op, start, count);
         if n % 8 == 0 {
             world.check_kill();

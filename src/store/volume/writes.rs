@@ -315,7 +315,7 @@ impl Volume {
 
     pub(super) fn start_writing(&mut self, now: Instant) {
         self.flush_by_time(now);
-        if self.trouble.rests(now) {
+        if self.trouble.rests(now) || self.redo.is_pending() {
             return;
         }
         self.trouble.try_again();
@@ -410,7 +410,7 @@ impl Volume {
         };
         let old = now.saturating_duration_since(oldest) >= self.options.max_dirty_age / 2;
         let idle = now.saturating_duration_since(self.last_request) >= self.options.idle_flush;
-        let discard = self.discards.is_cleaning();
+        let discard = self.discards.is_cleaning() || self.redo.is_full();
         if old || idle || self.draining || discard {
             self.flushing = Some(self.cache.close_epoch());
         }

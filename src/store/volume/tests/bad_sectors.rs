@@ -4,7 +4,7 @@ use super::*;
 
 impl World {
     /// Lets so much time pass.
-    fn pass(&mut self, time: Duration) {
+    pub fn pass(&mut self, time: Duration) {
         let until = self.now + time;
         while self.now < until {
             for _ in 0..50 {
@@ -14,7 +14,7 @@ impl World {
         }
     }
 
-    fn flush(&mut self) -> bool {
+    pub fn flush(&mut self) -> bool {
         let acked = self.model.acked.clone();
         let token = self.model.token(Asked::Flush(acked));
         self.volume.flush(self.now, || Some(token)).unwrap();
@@ -22,7 +22,7 @@ impl World {
     }
 
     /// Writes sectors; says how that ended.
-    fn write(&mut self, start: u64, count: u64, durable: bool) -> bool {
+    pub fn write(&mut self, start: u64, count: u64, durable: bool) -> bool {
         let extent = Extent::new(Lba(start), count).unwrap();
         let (token, data) = self.model.write(&[extent], false, durable);
         let write = self.volume.write(
@@ -42,9 +42,16 @@ impl World {
         }
     }
 
-    fn outcome(&mut self, token: Token) -> bool {
+    /// Advances, and leaves what was completed.
+    fn look_on(&mut self) {
+        let (acked, flushed) = (self.model.acked.clone(), self.model.flushed.clone());
+        self.volume.advance(self.now);
+        self.check_look(&acked, &flushed);
+    }
+
+    pub fn outcome(&mut self, token: Token) -> bool {
         for _ in 0..1000 {
-            self.volume.advance(self.now);
+            self.look_on();
             while let Some(done) = self.volume.next_completed() {
                 self.model.ended(done.token, done.data.as_deref(), done.ok);
                 if done.token == token {
@@ -55,7 +62,7 @@ impl World {
         panic!("not answered: {token:?}");
     }
 
-    fn read(&mut self, sector: u64) -> u64 {
+    pub fn read(&mut self, sector: u64) -> u64 {
         let extent = Extent::new(Lba(sector), 1).unwrap();
         let who = initiator(1);
         match self.volume.read(self.now, || Some(Token(0)), who, extent) {
@@ -63,18 +70,18 @@ impl World {
             other => assert!(matches!(other, Ok(Read::Parked))),
         }
         loop {
-            self.volume.advance(self.now);
+            self.look_on();
             if let Some(done) = self.volume.next_completed() {
                 return value_of(&done.data.unwrap());
             }
         }
     }
 
-    fn last(&self, sector: u64) -> u64 {
+    pub fn last(&self, sector: u64) -> u64 {
         self.model.history[sector as usize][self.model.acked[sector as usize]]
     }
 
-    fn durable(&self, sector: u64) -> u64 {
+    pub fn durable(&self, sector: u64) -> u64 {
         let at = (self.start + sector * 512) as usize;
         value_of(&self.medium.file.stable_bytes()[at..at + 512])
     }
@@ -213,4 +220,35 @@ fn a_stop_keeps_the_arena_of_what_the_disk_does_not_take() {
     assert!(world.now - world.volume.progress_at() >= patience);
     world.volume.remove_arena().unwrap();
     world.check_kill();
+}
+
+/// A write to a bad range is tried with what the cache has around it: that must
+/// not bring back what another one has replaced.
+#[test]
+fn writes_to_bad_sectors_of_one_block_are_tried_one_after_the_other() {
+    let mut world = World::new(7, 40, true, 1, 0);
+    for sector in [5, 8] {
+        world.damage(sector, 1, true);
+    }
+    // The first sectors of a block, which are kept or clean then.
+    assert!(world.write(5, 6, false));
+    world.pass(world.volume.options.max_dirty_age);
+    world.repair();
+    // The second is tried with the sectors before it.
+    world.fate.borrow_mut().hold_tries = true;
+    for sector in [5, 8] {
+        world.step(5, sector, 1);
+    }
+    world.pass(world.volume.options.max_dirty_age);
+    assert_eq!(world.model.acked[5], 2);
+    assert_eq!(world.durable(5), world.last(5));
+    world.fate.borrow_mut().hold_tries = false;
+    world.pass(Duration::from_secs(1));
+    assert_eq!(world.model.acked[8], 2);
+    world.check_kill();
+    world.settle();
+    assert_eq!(
+        [5, 8].map(|n| world.durable(n)),
+        [5, 8].map(|n| world.last(n))
+    );
 }

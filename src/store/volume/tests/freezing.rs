@@ -216,6 +216,8 @@ impl World {
     /// Dies here, and starts again.
     pub fn kill(&mut self) {
         self.medium.disk.fail_none();
+        // A start syncs the image before it is served.
+        self.medium.file.sync().unwrap();
         let recovered = start(&self.medium, self.arena.as_deref()).expect("a start");
         // Nobody is told of what was under way, which was done or not.
         for asked in &mut self.model.asked {

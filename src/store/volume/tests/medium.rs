@@ -313,6 +313,10 @@ pub struct Fate {
     pub seed: u64,
     /// Of 256 jobs so many fail, each in one of its operations.
     pub failing: u8,
+    /// The next sync fails, alone or at the end of a commit.
+    pub sync_fails: bool,
+    /// Tries of more than one sector are not done for now.
+    pub hold_tries: bool,
     /// Whether reads are answered from memory.
     pub now: bool,
     /// What reads have seen does not come back for now.
@@ -400,7 +404,12 @@ impl Lots {
             return;
         }
         let mut fate = self.fate.borrow_mut();
-        let (id, job) = self.jobs.swap_remove(fate.draw() % self.jobs.len());
+        let at = fate.draw() % self.jobs.len();
+        let is_long = matches!(&self.jobs[at].1, Job::Try { data, .. } if data.len() > 512);
+        if is_long && fate.hold_tries {
+            return;
+        }
+        let (id, job) = self.jobs.swap_remove(at);
         let next = self.disk.operations();
         let several = matches!(
             job,
@@ -409,6 +418,14 @@ impl Lots {
         let spread = if several { 6 } else { 1 };
         if fate.draw() % 256 < usize::from(fate.failing) {
             self.disk.fail_at(next + fate.draw() as u64 % spread);
+        }
+        let sync = match &job {
+            Job::Sync => Some(0),
+            Job::Commit { data_first, pages } => Some(u64::from(*data_first) + pages.len() as u64),
+            _ => None,
+        };
+        if let Some(sync) = sync.filter(|_| std::mem::take(&mut fate.sync_fails)) {
+            self.disk.fail_at(next + sync);
         }
         if fate.looks && fate.look.is_none() && several && fate.draw() % 4 == 0 {
             self.disk.fork_at(next + fate.draw() as u64 % spread);
