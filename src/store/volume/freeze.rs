@@ -347,7 +347,12 @@ impl Volume {
                 self.freezing.full = None;
             }
             Stage::Vanishing if !failed => {
-                log::info!("{shadow}: thawed: all is in the image, and the shadow is gone");
+                match self.view {
+                    Some(_) => {
+                        log::info!("{shadow}: thawed: all is in the image, and the shadow is gone")
+                    }
+                    None => log::info!("{shadow}: the freeze is withdrawn, and the shadow is gone"),
+                }
                 self.view = None;
                 self.merge = Merge::default();
                 self.cache.limit_dirty(self.freezing.dirty_max);
@@ -398,9 +403,19 @@ impl Volume {
                 geometry,
                 slots,
             } => {
-                // A discard that the disk has is of the generation before.
-                // What is kept for a bad range is still to come to the image.
-                if made && !self.is_discarding() && self.is_well() {
+                if made && !self.is_well() {
+                    // What the cache keeps would not be in the image that is
+                    // frozen.
+                    log::error!(
+                        "{}: the freeze is withdrawn: {} does not take some sectors, which \
+                         are kept in the cache; write them again or discard them first",
+                        self.shadow(),
+                        self.image()
+                    );
+                    self.freezing.stage = Stage::Vanishing;
+                    self.submit_step(Step::Vanish);
+                } else if made && !self.is_discarding() {
+                    // A discard that the disk has is of the generation before.
                     self.view = Some(View {
                         geometry,
                         map: Map::new(geometry, uuid),

@@ -237,7 +237,7 @@ impl World {
             seed,
             failing,
             sync_fails: false,
-            hold_tries: false,
+            held: |_| false,
             now: !build.direct,
             hold_reads: false,
             looks: true,

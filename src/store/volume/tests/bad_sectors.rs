@@ -1,6 +1,7 @@
 //! A disk with bad sectors.
 
 use super::*;
+use crate::freeze::Phase;
 
 impl World {
     /// Lets so much time pass.
@@ -204,7 +205,24 @@ fn no_freeze_begins_while_something_is_kept() {
     assert!(world.write(10, 1, false));
     world.pass(world.volume.options.max_dirty_age);
     world.step(17, 0, 1);
-    assert_eq!(world.volume.phase(), crate::freeze::Phase::Running);
+    assert_eq!(world.volume.phase(), Phase::Running);
+    world.settle();
+}
+
+#[test]
+fn a_freeze_is_withdrawn_when_a_sector_goes_bad_while_it_is_made() {
+    let mut world = World::new(7, 40, true, 1, 0);
+    world.damage(10, 1, true);
+    assert!(world.write(10, 1, false));
+    world.fate.borrow_mut().held = |job| matches!(job, Job::Step(_));
+    world.step(17, 0, 1);
+    world.pass(world.volume.options.max_dirty_age);
+    assert!(!world.volume.is_well());
+    assert_eq!(world.volume.phase(), Phase::Freezing);
+    world.fate.borrow_mut().held = |_| false;
+    world.pass(Duration::from_secs(1));
+    assert_eq!(world.volume.phase(), Phase::Running);
+    assert!(world.is_thawed());
     world.settle();
 }
 
@@ -235,14 +253,15 @@ fn writes_to_bad_sectors_of_one_block_are_tried_one_after_the_other() {
     world.pass(world.volume.options.max_dirty_age);
     world.repair();
     // The second is tried with the sectors before it.
-    world.fate.borrow_mut().hold_tries = true;
+    let is_long = |job: &Job| matches!(job, Job::Try { data, .. } if data.len() > 512);
+    world.fate.borrow_mut().held = is_long;
     for sector in [5, 8] {
         world.step(5, sector, 1);
     }
     world.pass(world.volume.options.max_dirty_age);
     assert_eq!(world.model.acked[5], 2);
     assert_eq!(world.durable(5), world.last(5));
-    world.fate.borrow_mut().hold_tries = false;
+    world.fate.borrow_mut().held = |_| false;
     world.pass(Duration::from_secs(1));
     assert_eq!(world.model.acked[8], 2);
     world.check_kill();

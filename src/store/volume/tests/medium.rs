@@ -315,8 +315,8 @@ pub struct Fate {
     pub failing: u8,
     /// The next sync fails, alone or at the end of a commit.
     pub sync_fails: bool,
-    /// Tries of more than one sector are not done for now.
-    pub hold_tries: bool,
+    /// Jobs that are not done for now.
+    pub held: fn(&Job) -> bool,
     /// Whether reads are answered from memory.
     pub now: bool,
     /// What reads have seen does not come back for now.
@@ -405,8 +405,7 @@ impl Lots {
         }
         let mut fate = self.fate.borrow_mut();
         let at = fate.draw() % self.jobs.len();
-        let is_long = matches!(&self.jobs[at].1, Job::Try { data, .. } if data.len() > 512);
-        if is_long && fate.hold_tries {
+        if (fate.held)(&self.jobs[at].1) {
             return;
         }
         let (id, job) = self.jobs.swap_remove(at);
