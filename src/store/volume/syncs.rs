@@ -217,9 +217,10 @@ impl Volume {
             let view = self.view.as_ref().filter(|_| frozen);
             // A disk that reads as well gets as little at a time as it gets reads, or
             // each read would wait for hundreds of writes.
-            let runs_max = match self.reading {
-                0 => SLICE_RUNS_MAX,
-                _ => self.window.size(self.sync_began) / 2,
+            let runs_max = if self.reads.is_empty() && self.reading == 0 {
+                SLICE_RUNS_MAX
+            } else {
+                self.window.size(self.sync_began) / 2
             };
             syncing.slices = slices(
                 &syncing.records,
