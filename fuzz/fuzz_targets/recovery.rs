@@ -67,7 +67,7 @@ fn scene() -> &'static Scene {
             force: false,
         });
         let image = image.expect("an image");
-        let made = prepare(&image, &options(&folder, Doubtful::Refuse), None);
+        let made = prepare(&image, &options(&folder, Doubtful::default()), None);
         let mut arena = made.expect("an arena").arena;
         for (slot, block) in [(0, 3), (1, 5), (2, 3)] {
             arena.write(slot, 0, &[slot as u8 + 7; 4096]);
@@ -106,10 +106,10 @@ fuzz_target!(|input: &[u8]| {
     for ((path, _), bytes) in scene.files.iter().zip(&contents) {
         fs::write(path, bytes).expect("room");
     }
-    let doubt = match doubt % 3 {
-        0 => Doubtful::Refuse,
-        1 => Doubtful::Discard,
-        _ => Doubtful::Replay,
+    let said = |is_said: bool| -> Vec<PathBuf> { is_said.then(PathBuf::new).into_iter().collect() };
+    let doubt = Doubtful {
+        discard: said(doubt % 3 == 1),
+        replay: said(doubt % 3 == 2),
     };
     // A refusal has a reason; nothing is written behind the end of the image.
     if let Err(e) = prepare(&scene.image, &options(&scene.folder, doubt), None) {
