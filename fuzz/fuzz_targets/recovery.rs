@@ -31,6 +31,7 @@ fn options(folder: &Path, doubt: Doubtful) -> ArenaOptions {
         run_dir: Some(folder.join("run")),
         cache_size: 256 << 10,
         doubt,
+        discard_shadow: false,
     }
 }
 

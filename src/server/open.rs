@@ -2,6 +2,7 @@
 //! anything is made, and changes nothing but that what a dead target has left is
 //! on its image.
 
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -114,6 +115,7 @@ pub(super) fn open(options: &Options) -> Result<Export, ServeError> {
         run_dir: options.run_dir.clone(),
         cache_size: tuneup.cache_size,
         doubt: options.doubtful_arena.clone(),
+        discard_shadow: options.discard_shadow,
     };
     let mut prepared = prepare(&image, &arena_options, shadow.as_mut())
         .map_err(|e| ServeError::Recover(address, e))?;
@@ -135,6 +137,7 @@ pub(super) fn open(options: &Options) -> Result<Export, ServeError> {
         }
     );
     log::debug!("{address}: state file {}", file.path().display());
+    let arena = prepared.arena.path().map(Path::to_owned);
     let cache = Cache::new(prepared.arena, image.align(), dirty_max);
     let longest = nics
         .iter()
@@ -162,7 +165,14 @@ pub(super) fn open(options: &Options) -> Result<Export, ServeError> {
     };
     let mut volume = Volume::new(Instant::now(), disk, cache, bounds, volume_options);
     volume.set_on_stop(tuneup.on_stop);
-    if let Some(side) = shadow_side(options, &image, &shadow_options, shadow, event)? {
+    if let Some(side) = shadow_side(
+        options,
+        &image,
+        &shadow_options,
+        shadow,
+        arena.as_deref(),
+        event,
+    )? {
         volume = volume.with_shadow(side);
     }
     if !volume.restore(Instant::now(), &prepared.unreplayed.pieces) {
@@ -237,6 +247,7 @@ fn shadow_side(
     image: &Arc<Image>,
     shadow_options: &ShadowOptions,
     found: Option<FoundShadow>,
+    arena: Option<&Path>,
     event: Arc<EventFd>,
 ) -> Result<Option<ShadowSide>, ServeError> {
     let Some(shadow) = options.shadow.as_ref() else {
@@ -244,7 +255,7 @@ fn shadow_side(
     };
     let (path, image) = (&shadow.path, Arc::clone(image));
     let (store, left) =
-        ShadowStore::new(image, path, shadow_options, found).map_err(ServeError::Shadow)?;
+        ShadowStore::new(image, path, shadow_options, found, arena).map_err(ServeError::Shadow)?;
     let pool = Pool::start_with(Arc::new(store), options.tuneup.disk_threads, event)
         .map_err(|e| ServeError::System("starting the shadow's threads", e))?;
     Ok(Some(ShadowSide {

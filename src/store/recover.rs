@@ -63,6 +63,8 @@ pub struct ArenaOptions {
     pub cache_size: u64,
     /// What the operator says of arenas that cannot be replayed as they are.
     pub doubt: Doubtful,
+    /// The operator gives the shadow up (`--discard-shadow`).
+    pub discard_shadow: bool,
 }
 
 /// What a start has to work with.
@@ -135,6 +137,7 @@ pub fn prepare(
         id,
         boot,
         doubt: &options.doubt,
+        discard_shadow: options.discard_shadow,
         seen: Seen::of(heads.iter(), Clocks::now()),
         peers: ours.iter().chain(&peers).map(|l| l.arena.clone()).collect(),
         room: options.cache_size / UNREPLAYED_SHARE,

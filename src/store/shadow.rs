@@ -21,6 +21,7 @@ use shadow::{
     paths,
 };
 
+use super::arena::{NotePlace, ShadowNote};
 use super::disk::{Backing, Origin, Part, Step};
 use super::image::Image;
 use super::volume::LeftShadow;
@@ -65,6 +66,11 @@ impl<P: Place> FoundShadow<P> {
     /// Bytes of its chunks.
     pub fn chunk(&self) -> u64 {
         self.shadow.geometry().chunk()
+    }
+
+    /// Its own number.
+    pub fn uuid(&self) -> [u8; 16] {
+        self.shadow.spec().uuid
     }
 
     /// Takes over what a dead process's cache held, generation by generation,
@@ -179,6 +185,8 @@ pub struct ShadowStore<P: Place = RealPlace> {
     /// What is needed to give it its next name and state; steps come one at a
     /// time.
     state: Mutex<Option<Held>>,
+    /// Where the arena notes which shadow there is.
+    note: Option<NotePlace>,
     /// Held for backups.
     _lock: Option<File>,
 }
@@ -377,8 +385,14 @@ impl ShadowStore {
         path: &Path,
         options: &ShadowOptions,
         found: Option<FoundShadow>,
+        arena: Option<&Path>,
     ) -> Result<(ShadowStore, Option<LeftShadow>), ShadowError> {
         let (mut store, left) = ShadowStore::with(RealPlace, image, path, options, found)?;
+        let fail = |e| ShadowError::Io(path.to_owned(), "noting it in the arena", e);
+        store.note = arena.map(NotePlace::open).transpose().map_err(fail)?;
+        if let Some(held) = &*store.state.lock() {
+            store.note(&held.spec).map_err(fail)?;
+        }
         store._lock = open_lock(&options.export, path);
         Ok((store, left))
     }
@@ -407,6 +421,7 @@ impl<P: Place> ShadowStore<P> {
                 record,
                 open: RwLock::new(None),
                 state: Mutex::new(None),
+                note: None,
                 _lock: None,
             };
             return Ok((store, None));
@@ -456,9 +471,22 @@ impl<P: Place> ShadowStore<P> {
             record,
             open: RwLock::new(Some(Arc::new(file))),
             state: Mutex::new(Some(held)),
+            note: None,
             _lock: None,
         };
         Ok((store, Some(left)))
+    }
+
+    /// Notes in the arena which shadow has writes to the image from now on.
+    fn note(&self, spec: &Spec) -> io::Result<()> {
+        match &self.note {
+            Some(place) => place.set(&ShadowNote::new(spec.uuid, &self.paths.shadow)),
+            None => Ok(()),
+        }
+    }
+
+    fn forget_note(&self) -> io::Result<()> {
+        self.note.as_ref().map_or(Ok(()), NotePlace::clear)
     }
 
     fn file(&self) -> io::Result<Arc<P::File>> {
@@ -475,10 +503,12 @@ impl<P: Place> ShadowStore<P> {
             .place
             .take(&file, spec.geometry.data_end(), reserve)
             .and_then(|()| file.sync())
-            .and_then(|()| self.record.write(records, spec.geometry.len()));
+            .and_then(|()| self.record.write(records, spec.geometry.len()))
+            .and_then(|()| self.note(&spec));
         if let Err(e) = made {
             // The first error is the one to tell.
             let _ = self.record.remove(records);
+            let _ = self.forget_note();
             self.place.abandon(&self.paths, &spec.uuid);
             return Err(e);
         }
@@ -526,6 +556,7 @@ impl<P: Place> ShadowStore<P> {
         // The record first: a shadow without one is merged to its end, and is
         // empty; a record without a shadow would stop every start.
         self.record.remove(self.place.records())?;
+        self.forget_note()?;
         let file = self.file()?;
         self.place.vanish(&self.paths, &file, &held.spec.uuid)?;
         *self.open.write() = None;

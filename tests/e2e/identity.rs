@@ -495,3 +495,68 @@ fn of_several_arenas_in_doubt_the_operator_names_the_one() {
     assert_eq!(files(&bed.store.arenas(), ".arena.discarded").len(), 2);
     assert!(files(&bed.store.state(), ".arena.toml").is_empty());
 }
+
+#[test]
+fn a_frozen_image_whose_record_is_lost_is_not_served_without_its_shadow() {
+    if !lab::require("a frozen image without its record", &[Need::Network]) {
+        return;
+    }
+    // With writes of the freeze in the arena, and with all of them in the shadow.
+    for options in [&LATE[..], &[]] {
+        let bed = Bed::new(SECTORS);
+        let image = bed.store.image();
+        let shadow = bed.shadow().display().to_string();
+        let with = [&["-f", &shadow][..], options].concat();
+        let mut target = bed.serve(1, &image, &with);
+        order(&target, 1);
+        let frozen = || bed.shadow().exists();
+        wait_until("the shadow appears", soon(), frozen).unwrap();
+        let mut client = bed.client(1);
+        client.write_many(3, &filled(1)).unwrap();
+        if options.is_empty() {
+            client.flush().unwrap();
+        }
+        target.kill().unwrap();
+        fs::remove_dir_all(bed.store.state()).unwrap();
+        let other = bed.store.path().join("other.img").display().to_string();
+        for options in [
+            &[][..],
+            &["-f", &other],
+            &["--discard-shadow"],
+            &["--discard-arena"],
+        ] {
+            let said = bed.refused(1, &image, options);
+            assert!(said.contains(&format!("start with -f {shadow}")), "{said}");
+        }
+        assert_eq!(bed.store.sectors(3, 1), filled(0));
+        let target = bed.serve(1, &image, &["-f", &shadow]);
+        assert_eq!(bed.client(1).read_many(3, 1).unwrap(), filled(1));
+        bed.thaw_and_stop(target);
+        assert_eq!(bed.store.sectors(3, 1), filled(1));
+        // Once it is merged, nothing is noted any more.
+        let mut target = bed.serve(1, &image, &["-f", &shadow]);
+        order(&target, 1);
+        wait_until("the shadow appears", soon(), || bed.shadow().exists()).unwrap();
+        order(&target, 2);
+        wait_until("the shadow vanishes", soon(), || !bed.shadow().exists()).unwrap();
+        bed.client(1).write_many(3, &filled(2)).unwrap();
+        target.kill().unwrap();
+        stop(bed.serve(1, &image, &[]));
+        assert_eq!(bed.store.sectors(3, 1), filled(2));
+    }
+}
+
+#[test]
+fn the_shadow_of_a_frozen_image_whose_record_is_lost_can_be_given_up() {
+    if !lab::require("a frozen image that is given up", &[Need::Network]) {
+        return;
+    }
+    let bed = Bed::new(SECTORS);
+    let image = bed.store.image();
+    bed.freeze_and_die(&image, 1);
+    fs::remove_dir_all(bed.store.state()).unwrap();
+    let shadow = bed.shadow().display().to_string();
+    stop(bed.serve(1, &image, &["-f", &shadow, "--discard-shadow"]));
+    assert!(bed.store.path().join("shadow.img.discarded").exists());
+    stop(bed.serve(1, &image, &[]));
+}

@@ -18,6 +18,7 @@
 //!      22  two stamps of the image, 4 words each: see shadow::stamp
 //!      30  when it was made, ns since the boot
 //!      31  real time less time since the boot at the heartbeat, ns; 0 for unknown
+//!      32  the shadow of the image while that is frozen, 32 words: see `note`
 //! ```
 //!
 //! Version 1, of aoede 0.1.0, is read as well:
@@ -40,6 +41,7 @@
 //! filesystem is an error then, and not SIGBUS later.
 
 pub(super) mod content;
+mod note;
 mod old;
 
 use std::fmt;
@@ -56,6 +58,7 @@ use super::run_dir::PRIVATE_FILE;
 use crate::sys::buffer::Body;
 use crate::sys::slots::{Slots, file_len};
 
+pub use note::{NotePlace, ShadowNote};
 pub(super) use old::latest;
 pub use old::{Head, OldArena, Origin};
 

@@ -11,6 +11,7 @@ use nix::fcntl::{Flock, FlockArg};
 use shadow::stamp::{self, ARENA_MAGIC, ARENA_VERSION, Clocks, OWN, Stamp, TOLD};
 use shadow::{FACT_WORDS, Facts, SECTOR, Verdict};
 
+use super::note::{NOTE, ShadowNote};
 use super::{
     ArenaTrouble, BOOT, CHECKSUM, CLOCK, CONTENT, CONTENT_LEN, CREATED, FACTS, HEADER, HEADERS,
     HEARTBEAT, IN_FLIGHT, ImageId, RANGE, V1Id, checksum, content, runs,
@@ -93,6 +94,8 @@ pub struct Head {
     pub in_flight: bool,
     /// When it was made, in nanoseconds since the boot; 0 of version 1.
     pub created: u64,
+    /// The shadow of the image, if that was frozen.
+    pub shadow: Option<ShadowNote>,
     /// The later one of its stamps; `None` if it has none, as version 1.
     pub stamp: Option<Stamp>,
     content_len: u64,
@@ -153,6 +156,7 @@ impl Head {
                 clock: None,
                 in_flight: true,
                 created: 0,
+                shadow: None,
                 stamp: None,
                 content_len: 0,
                 block,
@@ -175,6 +179,7 @@ impl Head {
                 clock: Some(words[CLOCK]),
                 in_flight: words[IN_FLIGHT] != 0,
                 created: words[CREATED],
+                shadow: bytes[NOTE..].first_chunk().and_then(ShadowNote::of),
                 stamp: latest(stamps),
                 content_len: words[CONTENT_LEN],
                 block,

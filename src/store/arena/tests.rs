@@ -68,6 +68,31 @@ fn what_counts_is_found_again_and_the_newest_wins() {
 }
 
 #[test]
+fn the_shadow_of_a_frozen_image_is_noted_and_found_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let (path, _arena) = arena(dir.path());
+    let shadow = || Head::read(&path).unwrap().shadow;
+    assert_eq!(shadow(), None);
+    let place = NotePlace::open(&path).unwrap();
+    let long = format!("/{}", "x".repeat(240));
+    let longest = &long[..240];
+    for (shadow_path, known) in [
+        ("/a b", true),
+        (longest, true),
+        (&long, false),
+        ("/c", true),
+    ] {
+        let note = ShadowNote::new([7; 16], Path::new(shadow_path));
+        place.set(&note).unwrap();
+        assert_eq!(shadow(), Some(note));
+        let path = known.then(|| PathBuf::from(shadow_path));
+        assert_eq!(shadow().unwrap().path(), path);
+    }
+    place.clear().unwrap();
+    assert_eq!(shadow(), None);
+}
+
+#[test]
 fn what_was_replayed_does_not_count_any_more() {
     let dir = tempfile::tempdir().unwrap();
     let (path, mut arena) = arena(dir.path());

@@ -41,6 +41,8 @@ pub enum RecoverTrouble {
     Shrunk,
     /// Someone changed the image after the arena's process had died.
     Changed,
+    /// The image was frozen, and its shadow, which was here, was not given.
+    Frozen(Option<PathBuf>),
     /// The process that it is of lives, or another one serves a part of its
     /// exported range.
     InUse,
@@ -87,6 +89,7 @@ impl RecoverTrouble {
             | RecoverTrouble::TooManyBad(_) => Discarded::SetAside,
             RecoverTrouble::RunDir(_)
             | RecoverTrouble::Record(_)
+            | RecoverTrouble::Frozen(_)
             | RecoverTrouble::InUse
             | RecoverTrouble::NoArena(_)
             | RecoverTrouble::Unsynced(_)
@@ -157,6 +160,18 @@ impl fmt::Display for RecoverError {
                  the writes in the arena would land over that; --replay-arena says that the image \
                  is the right one, {aside}"
             ),
+            RecoverTrouble::Frozen(shadow) => {
+                let shadow = match shadow {
+                    Some(shadow) => shadow.display().to_string(),
+                    None => "PATH".into(),
+                };
+                write!(
+                    f,
+                    "arena {path}: the image is frozen, and what was written since is in shadow \
+                     {shadow}; start with -f {shadow}; -f {shadow} --discard-shadow gives those \
+                     writes up"
+                )
+            }
             RecoverTrouble::InUse => write!(
                 f,
                 "arena {path}: another process serves a part of its exported range; stop that one first"

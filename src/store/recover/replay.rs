@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use shadow::stamp::Clocks;
 use shadow::{BlockFile, SECTOR, Verdict};
+use shadow::{Paths, paths};
 
 use super::super::arena::{ArenaTrouble, ImageId, OldArena, content};
 use super::super::image::{Image, SideLock};
@@ -46,6 +47,8 @@ pub(super) struct Recovery<'a> {
     pub id: ImageId,
     pub boot: [u64; 2],
     pub doubt: &'a Doubtful,
+    /// The operator gives the shadow up.
+    pub discard_shadow: bool,
     pub seen: Seen,
     /// The arenas of the image, of all exported ranges.
     pub peers: Vec<PathBuf>,
@@ -152,6 +155,9 @@ impl<'a> Recovery<'a> {
                 count(old.sectors(), "sector")
             );
         }
+        if old.head.boot == self.boot {
+            self.has_its_shadow(&old)?;
+        }
         if old.head.boot != self.boot || old.sectors() == 0 {
             remove(&left).map_err(|e| e.why)?;
             return Ok(None);
@@ -176,6 +182,26 @@ impl<'a> Recovery<'a> {
             old,
             _lock: lock,
         }))
+    }
+
+    /// Refuses an image that is frozen without its shadow, which has what was written
+    /// since: some of it may be in the arena, and belongs there.
+    fn has_its_shadow(&self, old: &OldArena) -> Result<(), RecoverTrouble> {
+        let Some(note) = old.head.shadow else {
+            return Ok(());
+        };
+        if self.shadow.as_ref().map(|shadow| shadow.uuid()) == Some(note.uuid) {
+            return Ok(());
+        }
+        let path = note.path();
+        let is_there = |path: &PathBuf| {
+            let found = paths::find(&Paths::of(path));
+            found.is_ok_and(|names| !names.files.is_empty())
+        };
+        match self.discard_shadow && !path.as_ref().is_some_and(is_there) {
+            true => Ok(()),
+            false => Err(RecoverTrouble::Frozen(path)),
+        }
     }
 
     /// Refuses an image that someone else has changed.
