@@ -135,10 +135,12 @@ impl Volume {
         self.redo.in_flight = extents;
     }
 
-    /// `true` if a failed sync was to cover discards that are not done again.
+    /// `true` if a failed sync may have taken discards back that are not done again.
     #[cfg(test)]
-    pub(super) fn has_undone_discards(&self) -> bool {
-        self.redo.is_pending() || self.cache.has_undone()
+    pub(super) fn may_miss_discards(&self) -> bool {
+        let Redo { done, covered, .. } = &self.redo;
+        let syncs = self.syncing.is_some() && !(done.is_empty() && covered.is_empty());
+        syncs || self.redo.is_pending() || self.cache.has_undone()
     }
 
     /// Lets the next sync cover the discards that were done again, if all that was

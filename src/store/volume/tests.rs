@@ -496,7 +496,7 @@ fn live(world: &mut World, ops: Vec<(u8, u64, u64)>) {
     for (n, (op, start, count)) in ops.into_iter().enumerate() {
         // Nobody knows of what a failed sync has lost once the process is dead
         // that had it in its memory.
-        let in_memory = world.build.write_through || world.volume.has_undone_discards();
+        let in_memory = world.build.write_through || world.volume.may_miss_discards();
         let lost = failing > 0 && in_memory;
         let op = if lost && op == 19 { 13 } else { op };
         world.step(op, start, count);
