@@ -14,7 +14,7 @@ use std::time::Instant;
 
 use shadow::{Chunk, Extent, Lba, SECTOR};
 
-use super::super::disk::Job;
+use super::super::disk::{Job, JobId};
 use super::super::fair::{Initiator, Queue, Shares};
 use super::freeze::{Destination, FORGET, Stage};
 use super::reads::WaitingRead;
@@ -47,7 +47,7 @@ struct Discard {
     since: Instant,
     sequence: u64,
     extents: Vec<Extent>,
-    /// The whole blocks around them, and around all of them together.
+    /// The whole blocks around them, in order, and around all of them together.
     blocks: Vec<Extent>,
     hull: Extent,
     durable: bool,
@@ -60,7 +60,8 @@ struct Discard {
 
 impl Discard {
     fn overlaps(&self, extent: Extent) -> bool {
-        self.hull.overlaps(extent) && self.blocks.iter().any(|blocks| blocks.overlaps(extent))
+        let at = self.blocks.partition_point(|b| b.end() <= extent.start());
+        self.blocks.get(at).is_some_and(|b| b.overlaps(extent))
     }
 }
 
@@ -285,23 +286,18 @@ impl Volume {
                 self.discards.edges = Some(edges);
                 self.submit_forget(runs);
             }
-            None => self.submit_discard(&extents),
+            None => self.submit_discard(DISCARD, &extents),
         }
     }
 
-    pub(super) fn submit_discard(&mut self, extents: &[Extent]) {
+    pub(super) fn submit_discard(&mut self, id: JobId, extents: &[Extent]) {
         self.redo.begins();
-        self.note_discard(extents);
-        let ranges = extents.iter().map(|e| (e.byte_start(), e.byte_len()));
-        self.disk.submit(DISCARD, Job::Discard(ranges.collect()));
-    }
-
-    /// Notes in the arena that a discard begins.
-    pub(super) fn note_discard(&mut self, extents: &[Extent]) {
         for extent in extents {
             let (at, len) = (extent.byte_start(), extent.byte_len());
             self.cache.arena().write_begins(at, len);
         }
+        let ranges = extents.iter().map(|e| (e.byte_start(), e.byte_len()));
+        self.disk.submit(id, Job::Discard(ranges.collect()));
     }
 
     /// Looks how far a discard may go. What would undo this waits behind the
@@ -423,7 +419,8 @@ impl Volume {
                     epoch,
                     since: now,
                     flush: false,
-                    extent: Some(discard.hull),
+                    // In the shadow its ends are written.
+                    extent: in_shadow.then_some(discard.hull),
                 });
                 return;
             }

@@ -29,6 +29,9 @@ use ranges::Ranges;
 /// [`RANGES_MAX`](ranges::RANGES_MAX) of them, the image as a whole takes no
 /// writes.
 const KEPT_SHARE: u32 = 8;
+/// Writes to bad ranges that are looked at in a turn: each is compared with those
+/// before it.
+const TRIALS_MAX: usize = 64;
 /// How often what is kept is tried again.
 const RETRY: Duration = Duration::from_secs(5);
 /// How often failed writes are written about.
@@ -269,6 +272,7 @@ impl Volume {
             return;
         }
         let mut waiting = std::mem::take(&mut self.health.waiting);
+        let later = waiting.split_off(waiting.len().min(TRIALS_MAX));
         while let Some(trial) = waiting.pop_front() {
             let earlier = self.health.waiting.iter();
             let blocked = self.health.is_tried(trial.extent)
@@ -283,6 +287,7 @@ impl Volume {
             };
             self.health.waiting.extend(left);
         }
+        self.health.waiting.extend(later);
         self.start_retry(now);
     }
 

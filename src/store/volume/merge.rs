@@ -11,8 +11,8 @@ use std::time::{Duration, Instant};
 
 use shadow::{Chunk, Extent};
 
-use super::Volume;
 use super::reads::{AHEAD_STEP, Fill};
+use super::{DISCARD, Volume};
 use crate::freeze::OnStop;
 
 /// Without a request for so long the merge takes what it can get.
@@ -239,7 +239,7 @@ impl Volume {
         if zeros.is_empty() {
             self.discard_ended(false, now);
         } else {
-            self.submit_discard(&zeros);
+            self.submit_discard(DISCARD, &zeros);
         }
     }
 

@@ -15,7 +15,7 @@ use std::time::Instant;
 use shadow::{Extent, Lba, SECTOR};
 
 use super::super::cache::Epoch;
-use super::super::disk::{Job, JobId};
+use super::super::disk::JobId;
 use super::Volume;
 use super::discards::joined;
 use super::freeze::{Destination, Stage};
@@ -128,10 +128,7 @@ impl Volume {
         if extents.is_empty() {
             return;
         }
-        self.redo.begins();
-        self.note_discard(&extents);
-        let ranges = extents.iter().map(|e| (e.byte_start(), e.byte_len()));
-        self.disk.submit(REDO, Job::Discard(ranges.collect()));
+        self.submit_discard(REDO, &extents);
         self.redo.in_flight = extents;
     }
 

@@ -315,10 +315,13 @@ impl Volume {
 
     pub(super) fn start_writing(&mut self, now: Instant) {
         self.flush_by_time(now);
-        if self.trouble.rests(now) || self.redo.is_pending() {
+        if self.trouble.rests(now) {
             return;
         }
         self.trouble.try_again();
+        if self.redo.is_pending() {
+            return;
+        }
         let (Some(until), Some(destination)) = (self.urgent(), self.destination()) else {
             return;
         };

@@ -148,3 +148,21 @@ fn a_write_of_two_bad_ranges_lands_in_both() {
         world.settle();
     }
 }
+
+/// Else the worker would look again and again until the disk is through.
+#[test]
+fn nothing_is_due_while_the_disk_does_discards_again() {
+    let mut world = World::new(7, 40, true, 1, 0);
+    assert!(world.write(8, 16, true));
+    let token = world.discard(8, 8, false);
+    assert!(world.outcome(token));
+    world.fail_next_sync();
+    world.fate.borrow_mut().held = |job| matches!(job, Job::Discard(_));
+    assert!(!world.flush());
+    world.pass(Duration::from_secs(1));
+    assert!(world.volume.redo.is_in_flight());
+    let due = world.volume.deadline();
+    assert!(due.is_none_or(|due| due > world.now));
+    world.fate.borrow_mut().held = |_| false;
+    world.settle();
+}
