@@ -59,12 +59,12 @@ impl fmt::Display for OpenError {
             ),
             OpenError::Header(why) => write!(
                 f,
-                "both copies of its header are damaged ({why}); restore it, or give up the writes \
+                "both copies of its header are damaged ({why}); restore it, or discard the writes \
                  in it by removing it"
             ),
             OpenError::Short(needs, has) => write!(
                 f,
-                "is cut off: {has} bytes of {needs}; restore it, or give up the writes in it by \
+                "is cut off: {has} bytes of {needs}; restore it, or discard the writes in it by \
                  removing it"
             ),
             OpenError::Pages(damage) => {
@@ -77,7 +77,7 @@ impl fmt::Display for OpenError {
                 if let Some(more) = damage.len().checked_sub(NAMED + 1) {
                     write!(f, " and {} other places", more + 1)?;
                 }
-                f.write_str("; restore it, or give up the writes in it by removing it")
+                f.write_str("; restore it, or discard the writes in it by removing it")
             }
         }
     }

@@ -84,7 +84,7 @@ pub struct Cli {
     #[arg(long)]
     pub force: bool,
 
-    /// Give up acknowledged writes that a dead target has left and that cannot
+    /// Discard acknowledged writes that a dead target has left and that cannot
     /// be used: all of this image, the only one that may be of this image, or this
     /// one
     #[arg(long, value_name = "PATH", num_args = 0..=1, require_equals = true)]
@@ -97,7 +97,7 @@ pub struct Cli {
     #[arg(default_missing_value = "")]
     pub replay_arena: Vec<OsString>,
 
-    /// Give up what was written during a freeze whose shadow cannot be used
+    /// Discard what was written during a freeze whose shadow cannot be used
     #[arg(long)]
     pub discard_shadow: bool,
 

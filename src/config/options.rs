@@ -75,9 +75,9 @@ pub struct Options {
     pub state_dir: PathBuf,
     /// Where the cache's memory is kept, if that was said.
     pub run_dir: Option<PathBuf>,
-    /// Give up what a dead target has left and cannot be used.
+    /// Arenas that are discarded, and arenas in doubt that are replayed.
     pub doubtful_arena: Doubtful,
-    /// Give up what a shadow holds.
+    /// Discards what a shadow holds.
     pub discard_shadow: bool,
     /// Takes the shadow for this image's where that is not certain.
     pub accept_shadow: bool,

@@ -152,8 +152,8 @@ impl Port {
             socket.bypass_qdisc().map_err(step("PACKET_QDISC_BYPASS"))?;
         }
         socket.set_buffers(options.socket_buffer);
-        let receiver = Receiver::open(&socket, link.mtu, options.engine, options.ring_bytes)
-            .map_err(step("receive buffers"))?;
+        let receiver =
+            Receiver::open(&socket, link.mtu, options).map_err(step("receive buffers"))?;
         socket.bind(link.index, ETHERTYPE).map_err(step("bind"))?;
         Ok(Port {
             socket,

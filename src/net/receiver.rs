@@ -3,6 +3,7 @@
 use std::io;
 use std::str::FromStr;
 
+use super::PortOptions;
 use crate::sys::Frame;
 use crate::sys::mmsg::BatchReceiver;
 use crate::sys::packet::PacketSocket;
@@ -46,14 +47,17 @@ impl Receiver {
     pub(super) fn open(
         socket: &PacketSocket,
         mtu: u32,
-        choice: EngineChoice,
-        ring_bytes: usize,
+        options: &PortOptions,
     ) -> io::Result<Receiver> {
-        let ring = match choice {
+        let ring_bytes = options.ring_bytes;
+        let ring = match options.engine {
             EngineChoice::Recvmmsg => None,
             EngineChoice::Ring => Some(Ring::new(socket, mtu, ring_bytes)?),
             EngineChoice::Auto => Ring::new(socket, mtu, ring_bytes)
-                .inspect_err(|e| log::warn!("no receive ring ({e}); receiving with recvmmsg"))
+                .inspect_err(|e| {
+                    let export = options.address;
+                    log::warn!("{export}: no receive ring ({e}); receiving with recvmmsg");
+                })
                 .ok(),
         };
         match ring {

@@ -346,7 +346,7 @@ impl Export {
     fn end(&mut self, stop: &mut Stopping, blocked: bool) -> Option<Result<(), ServeError>> {
         let patience = self.tuneup.io_patience;
         if self.target.is_idle() && !blocked {
-            log::info!("{} stopped: {}", self.address, self.target.counters());
+            log::info!("{}: stopped: {}", self.address, self.target.counters());
             if let Some(record) = self.record.take() {
                 let volume = self.target.volume();
                 let removed = record.remove_with(&self.image, || volume.remove_arena());

@@ -138,6 +138,7 @@ pub(super) fn open(options: &Options) -> Result<Export, ServeError> {
     );
     log::debug!("{address}: state file {}", file.path().display());
     let arena = prepared.arena.path().map(Path::to_owned);
+    prepared.arena.set_export(&address.to_string());
     let cache = Cache::new(prepared.arena, image.align(), dirty_max);
     let longest = nics
         .iter()

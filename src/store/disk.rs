@@ -272,15 +272,15 @@ pub struct DiskError {
 impl fmt::Display for DiskError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let what = match self.kind {
-            JobKind::Read => "reading",
-            JobKind::Write => "writing",
-            JobKind::Sync => "syncing",
-            JobKind::Step => "freezing or thawing with",
-            JobKind::Save => "saving",
+            JobKind::Read => "read",
+            JobKind::Write => "write",
+            JobKind::Sync => "sync",
+            JobKind::Step => "freeze or thaw",
+            JobKind::Save => "save",
         };
-        write!(f, "{what} {}", self.name)?;
+        write!(f, "{}: {what} failed", self.name)?;
         if let Some(offset) = self.offset {
-            write!(f, " at byte {offset}")?;
+            write!(f, " at sector {}", offset / shadow::SECTOR)?;
         }
         write!(f, ": {}", self.source)
     }

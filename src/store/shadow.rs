@@ -298,7 +298,7 @@ pub(super) fn find<P: Place>(
                 return Err(ShadowError::InDoubt(real.to_owned(), doubt.to_string()));
             }
             log::warn!(
-                "{}: shadow {}: accepted, as told; {doubt}",
+                "{}: shadow {}: accepted (--accept-shadow); {doubt}",
                 options.export,
                 real.display()
             );
@@ -333,7 +333,7 @@ pub(super) fn find<P: Place>(
     }))
 }
 
-/// Gives a shadow up, as told: out of the way, and no record of it.
+/// Sets a shadow aside and removes its record.
 fn discard(
     record: &Record,
     path: &Path,
@@ -360,10 +360,10 @@ fn discard(
         let mut aside = real.as_os_str().to_owned();
         aside.push(".discarded");
         let aside = Path::new(&aside);
-        // Not over what was given up before.
+        // Not over what was discarded before.
         paths::rename(real, aside).map_err(fail("moving it aside, to a name with .discarded"))?;
         log::warn!(
-            "{export}: shadow {}: {held} given up, as told; it is {} now",
+            "{export}: shadow {}: {held} set aside (--discard-shadow); it is {} now",
             real.display(),
             aside.display()
         );

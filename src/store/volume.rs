@@ -44,6 +44,7 @@ use super::fair::{FairQueue, Queue, Shares};
 use super::state::StateFile;
 use crate::freeze::WhenFull;
 use crate::sys::buffer::{Body, Buf, BufSlice};
+use crate::text::count;
 
 use bufs::Bufs;
 use discards::Discards;
@@ -365,7 +366,7 @@ impl Volume {
                  it yet and are dropped",
                 self.export(),
                 self.image(),
-                sectors(dropped)
+                count(dropped, "sector")
             );
         }
         self.clear_bad(gone);
@@ -753,12 +754,6 @@ impl Volume {
     fn complete(&mut self, token: Token, data: Option<Body>, ok: bool) {
         self.completed.push_back(Completed { token, data, ok });
     }
-}
-
-/// A number of sectors, in words.
-pub(super) fn sectors(count: u64) -> String {
-    let plural = if count == 1 { "" } else { "s" };
-    format!("{count} sector{plural}")
 }
 
 #[cfg(test)]

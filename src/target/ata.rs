@@ -9,6 +9,7 @@ use crate::drive::{self, Health, Limits, Order, Page, Refusal, Smart};
 use crate::session::{Begun, Extensions, Life, SessionId, Tags};
 use crate::store::{Initiator, Queue, Read, Refused, Token, Volume, Write};
 use crate::sys::buffer::Body;
+use crate::text::count;
 use crate::wire::ata::{DATA, Outcome, Payload, Taskfile};
 use crate::wire::crc::{self, Sum};
 use crate::wire::{ErrorCode, MacAddr, Origin, Request};
@@ -167,9 +168,10 @@ impl Target {
         let session = ask.session;
         let news = session.and_then(|id| self.sessions.damaged(ask.arrival.now, id));
         if let Some(frames) = news {
-            let (count, lba) = (ask.taskfile.count, drive::lba(&ask.taskfile));
+            let sectors = count(ask.taskfile.count.into(), "sector");
+            let lba = drive::lba(&ask.taskfile);
             log::warn!(
-                "{}: {}: a write frame arrived damaged (it says {count} sectors at {lba}) and was \
+                "{}: {}: a write frame arrived damaged (it says {sectors} at LBA {lba}) and was \
                  dropped, {frames} since this was said last; look at cable, NIC and switch",
                 self.settings.address,
                 ask.origin.source

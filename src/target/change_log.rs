@@ -5,6 +5,7 @@ use std::fmt::Write;
 use std::time::{Duration, Instant};
 
 use crate::access::{MacSet, WireState};
+use crate::text::count;
 use crate::wire::MacAddr;
 
 /// How often there is a line.
@@ -79,9 +80,9 @@ fn differences(before: &WireState, now: &WireState) -> Vec<String> {
         parts.push(format!("config string is now {}", text(&now.config)));
     }
     if before.masks != now.masks {
-        let hosts = now.masks.len();
+        let hosts = count(now.masks.len() as u64, "host");
         let lists = moves(&before.masks, &now.masks);
-        parts.push(format!("mask list has {hosts} hosts now{lists}"));
+        parts.push(format!("mask list has {hosts} now{lists}"));
     }
     if before.reserved != now.reserved {
         parts.push(match &now.reserved[..] {
@@ -106,9 +107,9 @@ fn text(string: &[u8]) -> String {
     let shown: String = all.chars().take(STRING_SHOWN).collect();
     let more = if shown.len() < all.len() { ".." } else { "" };
     format!(
-        "\"{}\"{more} ({} bytes)",
+        "\"{}\"{more} ({})",
         shown.escape_debug(),
-        string.len()
+        count(string.len() as u64, "byte")
     )
 }
 
@@ -173,9 +174,16 @@ mod tests {
             "config string is now \"di\\\"sk\\n\" (6 bytes); changed by 02:00:00:00:00:0a"
         );
         assert_eq!(
+            line(1, &|state| state.config = b"d".to_vec()),
+            "config string is now \"d\" (1 byte); changed by 02:00:00:00:00:0a"
+        );
+        assert_eq!(
+            line(1, &|state| state.masks = many(1)),
+            "mask list has 1 host now, added 02:01:00:00:00:00; changed by 02:00:00:00:00:0a"
+        );
+        assert_eq!(
             line(3, &|state| state.masks = many(2)),
-            "mask list has 2 hosts now, added 02:01:00:00:00:00 02:01:00:00:00:01; 3 changes, \
-             the last by 02:00:00:00:00:0a"
+            "mask list has 2 hosts now, added 02:01:00:00:00:01; 3 changes, the last by 02:00:00:00:00:0a"
         );
         let by = "; changed by 02:00:00:00:00:0a";
         assert_eq!(

@@ -53,11 +53,11 @@ const REASONS: [(Dropped, &str); 16] = [
     (Dropped::OtherAddress, "for other shelves or slots"),
     (Dropped::Masked, "masked"),
     (Dropped::BroadcastChange, "changes to all"),
-    (Dropped::Silence, "met with silence"),
-    (Dropped::NoRoom, "without room"),
+    (Dropped::Silence, "no reply"),
+    (Dropped::NoRoom, "busy"),
     (Dropped::InHand, "in flight already"),
     (Dropped::Damaged, "damaged"),
-    (Dropped::Paced, "beyond their pace"),
+    (Dropped::Paced, "throttled"),
 ];
 
 /// Counts since the start.

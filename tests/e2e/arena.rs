@@ -115,7 +115,7 @@ impl Bed {
             fs::read(self.store.image()).unwrap() == before,
             "the image was written"
         );
-        assert!(said.contains("given up, as told"), "{said}");
+        assert!(said.contains("discarded (--discard-arena)"), "{said}");
         assert!(said.contains("e1.1: arena "), "{said}");
         crate::support::remove(files(&self.store.arenas(), ".arena.discarded"));
         self.nothing_left();
@@ -1157,7 +1157,10 @@ fn a_step_that_cannot_be_had_makes_the_cache_smaller_and_says_so_once() {
     assert!(client.read_many(0, 32768).unwrap() == all);
     let output = stop(target).join("\n");
     assert_eq!(output.matches("no more room in").count(), 1, "{output}");
-    assert!(output.contains("cache of 4 MiB instead of 12"), "{output}");
+    assert!(
+        output.contains("e1.1: cache of 4 MiB instead of 12"),
+        "{output}"
+    );
     assert!(fs::read(store.image()).unwrap() == all);
 }
 

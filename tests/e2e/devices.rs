@@ -697,8 +697,8 @@ fn a_disk_that_fails_is_told_of_and_outlived() {
     }
 
     // The log names the file, the place and the reason.
-    let line = target.wait_for_line("reading image", soon()).unwrap();
-    for part in ["error", "disk.img", "at byte 0", "os error 5"] {
+    let line = target.wait_for_line(": read failed", soon()).unwrap();
+    for part in ["error", "disk.img", "image ", "at sector 0:", "os error 5"] {
         assert!(line.contains(part), "{line}");
     }
     stop(target);

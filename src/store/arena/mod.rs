@@ -123,7 +123,7 @@ impl fmt::Display for ArenaTrouble {
             ArenaTrouble::System(e) => write!(f, "{e}"),
             ArenaTrouble::Damaged(what) => write!(f, "damaged: {what}"),
             ArenaTrouble::Version(version) => write!(f, "format {version} is not known here"),
-            ArenaTrouble::InUse => f.write_str("its process lives"),
+            ArenaTrouble::InUse => f.write_str("its process is running"),
             ArenaTrouble::OtherOwner => f.write_str("it is not a file of the user we run as"),
         }
     }
@@ -153,6 +153,8 @@ pub struct Arena {
     is_writing: bool,
     /// The file to take away at an orderly end, if it has a name.
     path: Option<PathBuf>,
+    /// Name of the export in log lines.
+    export: String,
 }
 
 fn words(slots: usize) -> usize {
@@ -244,9 +246,15 @@ impl Arena {
             is_full: false,
             is_writing: false,
             path: None,
+            export: String::new(),
         };
         arena.take_room(0)?;
         Ok(arena)
+    }
+
+    /// Sets the name of the export in log lines.
+    pub fn set_export(&mut self, export: &str) {
+        export.clone_into(&mut self.export);
     }
 
     /// How many slots there are, with room or not yet.
@@ -287,8 +295,9 @@ impl Arena {
                 let wanted = u64::from(self.count) * self.block as u64;
                 let place = self.path.as_deref().and_then(Path::parent);
                 log::warn!(
-                    "cache of {} MiB instead of {}: no more room in {}: {e}; make room there and \
+                    "{}: cache of {} MiB instead of {}: no more room in {}: {e}; make room there and \
                      start again, or lower cache_size",
+                    self.export,
                     had >> 20,
                     wanted >> 20,
                     place.unwrap_or(Path::new("memory")).display(),

@@ -104,7 +104,7 @@ struct Meta {
     reads: Reads,
     /// Whether one of its write-backs failed.
     failed: bool,
-    /// Which queue of dirty slots it stands in: of which generation it is.
+    /// Its generation modulo 2, as `Generations::line` returns it.
     line: u8,
     /// Write-backs under way.
     writes: u16,

@@ -101,7 +101,7 @@ impl RecoverTrouble {
 impl fmt::Display for RecoverError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let path = self.path.display();
-        let give_up = "--discard-arena gives up the writes in it";
+        let discard = "--discard-arena discards the writes in it";
         let aside = "--discard-arena sets it aside and starts without its writes";
         match &self.why {
             RecoverTrouble::RunDir(e) => write!(f, "{e}"),
@@ -109,9 +109,9 @@ impl fmt::Display for RecoverError {
             RecoverTrouble::Gone => write!(
                 f,
                 "arena {path} is not there, and holds writes that were acknowledged and may not be \
-                 on the image; bring it back, or {give_up}"
+                 on the image; bring it back, or {discard}"
             ),
-            RecoverTrouble::Arena(e) => write!(f, "arena {path}: {e}; {give_up}"),
+            RecoverTrouble::Arena(e) => write!(f, "arena {path}: {e}; {discard}"),
             RecoverTrouble::OtherImage => {
                 write!(
                     f,
@@ -168,8 +168,8 @@ impl fmt::Display for RecoverError {
                 write!(
                     f,
                     "arena {path}: the image is frozen, and what was written since is in shadow \
-                     {shadow}; start with -f {shadow}; -f {shadow} --discard-shadow gives those \
-                     writes up"
+                     {shadow}; start with -f {shadow}; -f {shadow} --discard-shadow discards those \
+                     writes"
                 )
             }
             RecoverTrouble::InUse => write!(

@@ -13,14 +13,17 @@ use crate::text::count;
 
 /// Discards what an arena holds, as the operator said.
 pub(super) fn discard(export: &str, left: &Left) -> Result<(), RecoverError> {
-    log::warn!("{export}: arena {} given up, as told", left.arena.display());
+    log::warn!(
+        "{export}: arena {} discarded (--discard-arena)",
+        left.arena.display()
+    );
     remove(left)
 }
 
-/// Sets an arena aside that the operator gives up, though nothing is wrong with
+/// Sets an arena aside that the operator discards, though nothing is wrong with
 /// it: the image does not take what it holds, or may not be the right one.
 pub(super) fn discard_aside(export: &str, left: &Left) -> Result<(), RecoverError> {
-    // Not over what was given up before.
+    // Not over what was discarded before.
     let mut aside = left.arena.with_extension("arena.discarded");
     while fs::symlink_metadata(&aside).is_ok() {
         aside.as_mut_os_string().push("a");
@@ -28,7 +31,7 @@ pub(super) fn discard_aside(export: &str, left: &Left) -> Result<(), RecoverErro
     remove_record(left)?;
     rename(&left.arena, &aside).map_err(cannot_remove(left))?;
     log::warn!(
-        "{export}: arena {} given up, as told; it is {} now",
+        "{export}: arena {} discarded (--discard-arena); it is {} now",
         left.arena.display(),
         aside.display()
     );

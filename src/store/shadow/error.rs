@@ -49,13 +49,13 @@ impl fmt::Display for ShadowError {
             ShadowError::InDoubt(path, doubt) => write!(
                 f,
                 "shadow {}: {doubt}; --accept-shadow says that this is the right image, \
-                 --discard-shadow gives up the writes in it",
+                 --discard-shadow discards the writes in it",
                 path.display()
             ),
             ShadowError::RecordInDoubt(record, path, doubt) => write!(
                 f,
                 "shadow {} holds writes to a frozen image: {doubt}; -f {} --accept-shadow says that \
-                 this is the right image, -f {} --discard-shadow gives up the writes in it; if this \
+                 this is the right image, -f {} --discard-shadow discards the writes in it; if this \
                  is another image, move the record {} away",
                 path.display(),
                 path.display(),
@@ -71,7 +71,7 @@ impl fmt::Display for ShadowError {
             ShadowError::NotGiven(path) => write!(
                 f,
                 "the image is frozen, and what was written since is in {}; start with -f {}, or \
-                 --discard-shadow gives those writes up",
+                 --discard-shadow discards those writes",
                 path.display(),
                 path.display()
             ),
@@ -84,7 +84,7 @@ impl fmt::Display for ShadowError {
             ShadowError::Gone(path) => write!(
                 f,
                 "shadow {} is not there, and holds writes that were acknowledged; bring it back, \
-                 or --discard-shadow gives them up",
+                 or --discard-shadow discards them",
                 path.display()
             ),
             ShadowError::ReadOnly(path) => write!(
@@ -97,7 +97,7 @@ impl fmt::Display for ShadowError {
             ShadowError::MarkerAlone(marker, shadow) => write!(
                 f,
                 "{} is the marker of shadow {}, which is not there; bring that file back, or \
-                 --discard-shadow gives up what it holds",
+                 --discard-shadow discards what it holds",
                 marker.display(),
                 shadow.display()
             ),

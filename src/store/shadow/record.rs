@@ -188,7 +188,7 @@ impl Record {
         };
         let stored = Stored::parse(&text, &self.identity);
         stored.map(|stored| Some(stored.shadow)).ok_or_else(|| {
-            bad("it cannot be read; repair it, or --discard-shadow gives the shadow up".into())
+            bad("it cannot be read; repair it, or --discard-shadow discards the shadow".into())
         })
     }
 }

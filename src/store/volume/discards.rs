@@ -22,7 +22,7 @@ use super::syncs::Waiter;
 use super::{DISCARD, Refused, Token, Volume};
 
 /// Discards that may wait, and how many of the places are kept for initiators
-/// that have few. Each may have 64 ranges or more.
+/// that have few. Each has 64 ranges at most.
 const DISCARDS_MAX: u64 = 64;
 const HEADROOM: u64 = 16;
 

@@ -160,8 +160,8 @@ impl Volume {
             self.cache.set_generation(left.generation);
             let mib = (left.map.present() * left.geometry.chunk()) >> 20;
             let goes_on = match left.state {
-                State::Freezing | State::Frozen => "frozen since before, until a thaw is ordered",
-                State::Thawing => "the thaw of before goes on",
+                State::Freezing | State::Frozen => "frozen by an earlier process, until a thaw",
+                State::Thawing => "the interrupted thaw goes on",
             };
             log::warn!(
                 "{}: {}: {goes_on}: {mib} MiB to merge",

@@ -27,8 +27,8 @@ impl fmt::Display for Thaw {
         f.write_str(match self {
             Thaw::Ordered => "thaw",
             Thaw::Stop => "thaw before the stop",
-            Thaw::Full => "thaw of the full shadow, which nobody ordered",
-            Thaw::Late => "thaw after freeze_max, which nobody ordered",
+            Thaw::Full => "thaw: the shadow is full",
+            Thaw::Late => "thaw: freeze_max is over",
         })
     }
 }

@@ -20,8 +20,9 @@ use shadow::{Extent, Lba, SECTOR};
 
 use super::super::disk::{DiskError, Job};
 use super::syncs::Waiter;
-use super::{Completed, Queue, Token, Under, Volume, Write, sectors};
+use super::{Completed, Queue, Token, Under, Volume, Write};
 use crate::sys::buffer::BufSlice;
+use crate::text::count;
 
 use ranges::Ranges;
 
@@ -129,7 +130,7 @@ impl Health {
         self.ranges.mask(first)
     }
 
-    /// When something is to be tried, or told.
+    /// Returns when the sectors that the cache keeps are tried again.
     pub fn deadline(&self) -> Option<Instant> {
         self.retry_at
             .filter(|_| !self.ranges.is_empty() && self.cursor.is_none())
@@ -562,7 +563,7 @@ impl Volume {
              retried every {} s",
             self.export(),
             self.image(),
-            sectors(kept),
+            count(kept, "sector"),
             RETRY.as_secs()
         );
     }

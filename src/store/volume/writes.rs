@@ -1,5 +1,4 @@
-//! Writes: into the cache, to the image, to stable storage; discards; and what
-//! happens when the disk fails.
+//! Writes of hosts into the cache, and write-back from there.
 
 use std::time::Instant;
 

@@ -272,7 +272,7 @@ fn a_freeze_that_nobody_ends_ends_itself_when_told() {
     let said = stop(target).join("\n");
     for line in [
         format!("e1.1: {path}: frozen for 1 s (freeze_max)\n"),
-        format!("e1.1: {path}: thaw after freeze_max, which nobody ordered: 0 MiB to merge\n"),
+        format!("e1.1: {path}: thaw: freeze_max is over: 0 MiB to merge\n"),
         format!("e1.1: {path}: thawed: "),
     ] {
         assert!(said.contains(&line), "{line} in {said}");

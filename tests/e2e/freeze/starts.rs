@@ -220,7 +220,7 @@ fn what_a_shadow_holds_can_be_given_up() {
     let away = bed.store.path().join("away");
     fs::copy(&shadow, &away).unwrap();
     let said = stop(bed.start(&["--discard-shadow"])).join("\n");
-    assert!(said.contains("given up, as told"), "{said}");
+    assert!(said.contains("set aside (--discard-shadow)"), "{said}");
     assert!(said.contains(".discarded"), "{said}");
     let discarded = PathBuf::from(format!("{}.discarded", shadow.display()));
     assert!(fs::read(&discarded).unwrap() == fs::read(&away).unwrap());
@@ -373,9 +373,9 @@ fn a_shadow_that_0_1_0_left_is_taken_up_in_each_phase() {
         let window = ["-o", "3", "-l", "61", "--set", "idle_flush=600000"];
         let mut target = bed.start(&window);
         let says = if frozen {
-            "frozen since before, until a thaw is ordered: 0 MiB to merge"
+            "frozen by an earlier process, until a thaw: 0 MiB to merge"
         } else {
-            "the thaw of before goes on: 0 MiB to merge"
+            "the interrupted thaw goes on: 0 MiB to merge"
         };
         let line = format!("e1.1: {}: {says}", bed.shadow().display());
         // The log is a thread of its own.

@@ -99,7 +99,7 @@ impl Trims {
                 let target = &self.target;
                 let _says = Says(target);
                 let heard = |line: &String| {
-                    line.contains(": thaw: ") || line.contains("thaw of before goes on")
+                    line.contains(": thaw: ") || line.contains("the interrupted thaw goes on")
                 };
                 if bed.shadow().exists() && !target.output().iter().any(heard) {
                     order(target, 2);

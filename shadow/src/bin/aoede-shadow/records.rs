@@ -42,7 +42,7 @@ impl fmt::Display for RecordError {
             Why::Arena(arena) => write!(
                 f,
                 "arena {arena} holds writes of a target of this image that died, which belong over \
-                 what is merged; start aoede once as it was, or give them up with its \
+                 what is merged; start aoede once as it was, or discard them with its \
                  --discard-arena"
             ),
         }
