@@ -192,10 +192,6 @@ enum Under {
     Prefetch,
 }
 
-/// So long without a request, memory that holds nothing but clean blocks is given
-/// back.
-const CACHE_IDLE: Duration = Duration::from_secs(60);
-
 const SYNC: JobId = JobId(u64::MAX);
 const SAVE: JobId = JobId(u64::MAX - 1);
 const DISCARD: JobId = JobId(u64::MAX - 2);
@@ -398,9 +394,9 @@ impl Volume {
 
     /// Gives room of the arena back that nothing has used for a while.
     fn release_idle_cache(&mut self, now: Instant) {
-        let idle = now.saturating_duration_since(self.last_request) >= CACHE_IDLE;
-        if idle && !self.cache.is_released() {
-            self.cache.release_idle();
+        let at = self.cache.release_at(self.last_request);
+        if at.is_some_and(|at| at <= now) {
+            self.cache.release_idle(now);
         }
     }
 
@@ -612,8 +608,8 @@ impl Volume {
         if let (Some(silent), Some(oldest)) = (silent, oldest) {
             by(silent.max(oldest) + self.options.io_patience);
         }
-        if !self.cache.is_released() {
-            by(self.last_request + CACHE_IDLE);
+        if let Some(at) = self.cache.release_at(self.last_request) {
+            by(at);
         }
         if let Some(oldest) = self.cache.oldest().filter(|_| self.flushing.is_none()) {
             by(oldest + self.options.max_dirty_age / 2);

@@ -318,8 +318,15 @@ impl Arena {
         let punched = fallocate(&*self.file, how, range.start as i64, range.len() as i64);
         if punched.is_ok() {
             self.has_room[step] = false;
+            // So there is space again, at least for this step.
+            self.is_full = false;
         }
         punched.is_ok()
+    }
+
+    /// Whether the step of a slot has its space.
+    pub fn has_space(&self, slot: u32) -> bool {
+        self.has_room[(slot / self.step) as usize]
     }
 
     /// The numbers of the steps.
@@ -412,15 +419,20 @@ impl Arena {
 
     /// Writes into a slot that does not count and is not pinned: the cache looks
     /// before it takes one, and hands out nothing of it before it is written.
+    ///
+    /// Ends the process otherwise: the slot would be published with its old bytes,
+    /// and an acknowledged write would be lost. The arena outlives the process, and
+    /// the next start brings what counts in it to the image.
     pub fn write(&mut self, slot: u32, at: usize, bytes: &[u8]) {
         let written = self.slots.write(slot, at, bytes);
-        debug_assert!(written, "slot {slot} written while it is pinned");
+        assert!(written, "slot {slot} written while it is pinned");
     }
 
-    /// Copies a part of a slot into one that is as for [`write`](Arena::write).
+    /// Copies a part of a slot into one that is as for [`write`](Arena::write),
+    /// and ends the process otherwise.
     pub fn copy(&mut self, from: u32, to: u32, at: usize, len: usize) {
         let copied = self.slots.copy(from, to, at, len);
-        debug_assert!(copied, "slot {to} written while it is pinned");
+        assert!(copied, "slot {to} written while it is pinned");
     }
 
     /// A part of a slot, to look at now.

@@ -267,6 +267,12 @@ fn room_is_taken_in_steps_and_given_back() {
     assert!(blocks() < 3 * STEP as u64);
     assert_eq!(arena.grow(), Some(step..2 * step));
     assert_eq!(arena.bytes(step, 0, 512), [0; 512]);
+    // As after a step for which the filesystem had no space.
+    arena.is_full = true;
+    assert!(arena.grow().is_none() && !arena.give_back(0));
+    assert!(arena.grow().is_none() && arena.give_back(1));
+    assert_eq!(arena.usable(), slots);
+    assert_eq!(arena.grow(), Some(step..2 * step));
     arena.remove().unwrap();
     // Sparse as it is, it can be opened.
     let mut arena = Arena::create(&path, [7, 8], &IMAGE, 4096, slots).unwrap();

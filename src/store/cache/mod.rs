@@ -18,6 +18,7 @@
 mod again;
 mod epochs;
 mod generations;
+mod idle;
 mod index;
 mod kept;
 mod lists;
@@ -158,8 +159,8 @@ pub struct Cache {
     referenced: Vec<bool>,
     index: Index,
     free: Vec<u32>,
-    /// Slots that hold nothing but are still lent out.
-    limbo: Vec<u32>,
+    /// Slots that hold nothing but are still pinned.
+    pinned: Vec<u32>,
     hand: u32,
     /// The dirty slots.
     lists: Lists,
@@ -185,8 +186,10 @@ pub struct Cache {
     epochs: Epochs,
     /// Blocks lately missed; one that is missed again is worth a slot.
     ghosts: Vec<u64>,
-    /// Whether no room was taken since it was given back last.
+    /// Whether only the first step of the arena can have space.
     is_released: bool,
+    /// Some steps could not be given back; no new try before this.
+    release_at: Option<Instant>,
 }
 
 /// One block's part of an extent.
@@ -253,7 +256,8 @@ impl Cache {
             index: Index::new(count),
             free: arena.with_room().flatten().rev().collect(),
             is_released: true,
-            limbo: Vec::new(),
+            release_at: None,
+            pinned: Vec::new(),
             hand: 0,
             lists: Lists::new(),
             generations: Generations::default(),
@@ -307,39 +311,6 @@ impl Cache {
     /// How many slots there are.
     pub fn slots(&self) -> u32 {
         self.arena.usable()
-    }
-
-    /// Whether all room that could be given back was.
-    pub fn is_released(&self) -> bool {
-        self.is_released
-    }
-
-    /// Gives the room of slots back that hold nothing but clean blocks, a step of
-    /// the arena at a time.
-    pub fn release_idle(&mut self) {
-        self.is_released = true;
-        for step in self.arena.steps().rev() {
-            let slots = self.arena.slots_of(step);
-            let is_idle = |slot: u32| {
-                let meta = &self.meta[slot as usize];
-                let state = matches!(meta.state, State::Free | State::Clean);
-                let is_needed = meta.holds > 0 || (meta.present && meta.waits);
-                state && !is_needed && !self.arena.is_lent(slot)
-            };
-            if !slots.clone().all(is_idle) || !self.arena.give_back(step) {
-                continue;
-            }
-            for slot in slots.clone() {
-                let meta = &mut self.meta[slot as usize];
-                if meta.state == State::Clean {
-                    meta.state = State::Free;
-                    meta.present = false;
-                    self.index.remove(meta.block, slot);
-                }
-            }
-            self.free.retain(|slot| !slots.contains(slot));
-            self.limbo.retain(|slot| !slots.contains(slot));
-        }
     }
 
     /// A slot of the next step, if there is room for one more.
@@ -602,11 +573,11 @@ impl Cache {
             if !self.arena.is_lent(slot) {
                 return Some(slot);
             }
-            self.limbo.push(slot);
+            self.pinned.push(slot);
         }
         let arena = &self.arena;
-        if let Some(at) = self.limbo.iter().position(|slot| !arena.is_lent(*slot)) {
-            return Some(self.limbo.swap_remove(at));
+        if let Some(at) = self.pinned.iter().position(|slot| !arena.is_lent(*slot)) {
+            return Some(self.pinned.swap_remove(at));
         }
         if let Some(slot) = self.grow() {
             return Some(slot);
@@ -640,7 +611,7 @@ impl Cache {
         meta.state = State::Free;
         meta.present = false;
         if self.arena.is_lent(slot) {
-            self.limbo.push(slot);
+            self.pinned.push(slot);
         } else {
             self.free.push(slot);
         }

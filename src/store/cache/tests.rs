@@ -8,6 +8,7 @@ use super::*;
 use crate::store::arena::ImageId;
 use proptest::prelude::*;
 use std::cell::RefCell;
+use std::time::Duration;
 
 const SECTORS: u64 = 64;
 const BLOCK: usize = 4096;
@@ -239,7 +240,7 @@ impl<'a> Bench<'a> {
         assert_eq!(owned, u64::from(cache.dirty - cache.kept), "owned slots");
         // Each slot is in one place.
         let mut seen = vec![0; cache.meta.len()];
-        for slot in cache.free.iter().chain(&cache.limbo) {
+        for slot in cache.free.iter().chain(&cache.pinned) {
             seen[*slot as usize] += 1;
             assert_eq!(cache.meta[*slot as usize].state, State::Free);
         }
@@ -553,22 +554,30 @@ fn room_is_taken_as_it_is_needed_and_idle_room_is_given_back() {
     let block = |n: u64| Extent::new(Lba(n * 8), 8).unwrap();
     let room = |cache: &mut Cache| cache.arena().with_room().count();
     let mut cache = Cache::new(Arena::anonymous(4096, 3 * 1024).unwrap(), 1, 2000);
-    assert!(room(&mut cache) == 1 && cache.is_released());
+    let mut now = Instant::now();
+    let minute = Duration::from_secs(60);
+    assert!(room(&mut cache) == 1 && cache.release_at(now).is_none());
     for n in 0..2500 {
         cache.keep(block(n), &[n as u8; 4096]);
     }
-    assert!(room(&mut cache) == 3 && !cache.is_released());
-    let now = Instant::now();
+    assert!(room(&mut cache) == 3);
+    assert_eq!(cache.release_at(now), Some(now + minute));
     let dirty = [7; 4096];
     cache.write(block(9000), &dirty, now).unwrap();
     let pinned = cache.hit(block(1500)).unwrap();
-    cache.release_idle();
+    let last_request = now;
+    now += minute;
+    cache.release_idle(now);
     // What is dirty stays, and what someone is sending; all else may go, but for
     // the first step.
-    assert!(cache.is_released() && room(&mut cache) == 3);
+    assert_eq!(room(&mut cache), 3);
+    // Not for ever: it is tried again, and not without a pause.
+    assert_eq!(cache.release_at(last_request), Some(now + minute));
     drop(pinned);
-    cache.release_idle();
+    now += minute;
+    cache.release_idle(now);
     assert_eq!(room(&mut cache), 2);
+    assert_eq!(cache.release_at(last_request), Some(now + minute));
     assert!(cache.covers(block(0)) && cache.covers(block(9000)));
     assert!(!cache.covers(block(1500)), "it was in what was given back");
     for n in 0..2500 {
@@ -579,4 +588,22 @@ fn room_is_taken_as_it_is_needed_and_idle_room_is_given_back() {
         assert_eq!(&*cache.hit(block(n)).unwrap(), &[n as u8; 4096]);
     }
     assert_eq!(&*cache.hit(block(9000)).unwrap(), &dirty);
+}
+
+#[test]
+fn idle_space_is_given_back_some_steps_at_a_time() {
+    let block = |n: u64| Extent::new(Lba(n * 8), 8).unwrap();
+    let mut cache = Cache::new(Arena::anonymous(4096, 20 * 1024).unwrap(), 1, 2000);
+    for n in 0..20 * 1024 {
+        cache.keep(block(n), &[1; 4096]);
+    }
+    let last_request = Instant::now();
+    let now = last_request + Duration::from_secs(60);
+    for left in [4, 1] {
+        assert_eq!(cache.release_at(last_request), Some(now));
+        cache.release_idle(now);
+        assert_eq!(cache.arena().with_room().count(), left);
+    }
+    assert_eq!(cache.release_at(last_request), None);
+    assert!(cache.free.len() <= 1024);
 }
