@@ -475,7 +475,10 @@ fn of_several_arenas_in_doubt_the_operator_names_the_one() {
     let replay = format!("--replay-arena={}", paths[0]);
     let said = stop(bed.serve(1, &disks[0].path(), &[&replay])).join("\n");
     assert!(
-        said.contains("stays as it is") && said.contains(&paths[1]),
+        said.contains(&format!(
+            "refused until it is set aside with --discard-arena={}",
+            paths[1]
+        )),
         "{said}"
     );
     assert_eq!(sector_of(&disks[0].path(), 3), filled(1));

@@ -380,9 +380,8 @@ impl Arena {
             self.slots.set_word(CLOCK, 0);
         }
         self.slots.set_word(HEARTBEAT, now.real);
-        if was_set {
-            self.slots.set_word(CLOCK, now.offset);
-        }
+        // Always: what it drifted until now is not to be counted at the next start.
+        self.slots.set_word(CLOCK, now.offset);
     }
 
     /// Notes that a write of `len` bytes at `at` of the image is about to begin:

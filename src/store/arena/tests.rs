@@ -168,7 +168,8 @@ fn the_heartbeat_follows_the_clock_and_killed_within_it_is_not_believed() {
         }
         last = (real, offset);
     }
-    assert_eq!(head(), (2 * second, Some(u64::MAX - 6 * second)));
+    // Small drift is kept as well, so that it does not add up.
+    assert_eq!(head(), (2 * second, Some(u64::MAX - 6 * second + 70)));
 }
 
 fn stamp(mtime: u64, looked: u64) -> Stamp {

@@ -29,13 +29,31 @@ impl Doubtful {
     }
 }
 
+impl Doubtful {
+    /// The paths that the operator names and that are none of these arenas.
+    pub(super) fn unmatched<'a>(&'a self, arenas: &[Left]) -> Vec<&'a Path> {
+        let named = self
+            .replay
+            .iter()
+            .chain(&self.discard)
+            .map(PathBuf::as_path);
+        let named = named.filter(|path| !path.as_os_str().is_empty());
+        let is_there = |path: &Path| arenas.iter().any(|left| is_same(path, &left.arena));
+        named.filter(|path| !is_there(path)).collect()
+    }
+}
+
 fn is_unnamed(list: &[PathBuf]) -> bool {
     list.iter().any(|path| path.as_os_str().is_empty())
 }
 
 fn is_named(list: &[PathBuf], arena: &Path) -> bool {
+    list.iter().any(|path| is_same(path, arena))
+}
+
+fn is_same(path: &Path, arena: &Path) -> bool {
     let real = |path: &Path| fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
-    list.iter().any(|path| real(path) == real(arena))
+    real(path) == real(arena)
 }
 
 /// An arena that may be of the image, and why that is not certain.
@@ -159,5 +177,16 @@ mod tests {
         assert!(says(&[""], &[]).replays(arena) && says(&["/a"], &[]).replays(arena));
         assert!(!says(&["/b"], &[""]).replays(arena) && says(&["/b"], &[""]).discards(arena));
         assert!(!says(&[""], &["/b"]).discards(arena) && says(&[], &["/a"]).discards(arena));
+    }
+
+    #[test]
+    fn a_path_that_names_no_arena_is_told() {
+        let left: Vec<Left> = in_doubt(&["/a", "/b"])
+            .into_iter()
+            .map(|(l, _)| l)
+            .collect();
+        let said = says(&["/a", "/c"], &["", "/d"]);
+        assert_eq!(said.unmatched(&left), [Path::new("/c"), Path::new("/d")]);
+        assert!(says(&["/b"], &["/a"]).unmatched(&left).is_empty());
     }
 }

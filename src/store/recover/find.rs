@@ -53,6 +53,14 @@ pub(super) fn sort(
 ) -> Result<Sorted, RecoverError> {
     let (mut ours, mut peers, mut in_doubt) = (Vec::new(), Vec::new(), Vec::new());
     let path = fs::canonicalize(image.path()).unwrap_or_else(|_| image.path().to_owned());
+    for path in options.doubt.unmatched(&found) {
+        log::warn!(
+            "{}: {} was named for --replay-arena or --discard-arena, and is none of the arenas \
+             that there are; check the path, or leave the option out",
+            options.export,
+            path.display()
+        );
+    }
     for left in found {
         let same_boot = left.boot == boot;
         let mut verdict = left.origin.compare(id, same_boot);
@@ -89,7 +97,8 @@ pub(super) fn sort(
     for left in &settled.left_alone {
         log::warn!(
             "{}: arena {} stays as it is: another one was named for this image; its writes are of \
-             {}",
+             {}; the next start is refused until it is set aside with --discard-arena={1} or \
+             brought to its image",
             options.export,
             left.arena.display(),
             describe(left)

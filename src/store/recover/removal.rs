@@ -3,6 +3,7 @@
 
 use std::fs;
 use std::io;
+use std::path::{Path, PathBuf};
 
 use shadow::paths::rename;
 
@@ -23,11 +24,7 @@ pub(super) fn discard(export: &str, left: &Left) -> Result<(), RecoverError> {
 /// Sets an arena aside that the operator discards, though nothing is wrong with
 /// it: the image does not take what it holds, or may not be the right one.
 pub(super) fn discard_aside(export: &str, left: &Left) -> Result<(), RecoverError> {
-    // Not over what was discarded before.
-    let mut aside = left.arena.with_extension("arena.discarded");
-    while fs::symlink_metadata(&aside).is_ok() {
-        aside.as_mut_os_string().push("a");
-    }
+    let aside = free_name(&left.arena, "arena.discarded");
     remove_record(left)?;
     rename(&left.arena, &aside).map_err(cannot_remove(left))?;
     log::warn!(
@@ -36,6 +33,15 @@ pub(super) fn discard_aside(export: &str, left: &Left) -> Result<(), RecoverErro
         aside.display()
     );
     Ok(())
+}
+
+/// Returns a name that no arena has which was set aside before.
+fn free_name(arena: &Path, extension: &str) -> PathBuf {
+    let mut name = arena.with_extension(extension);
+    while fs::symlink_metadata(&name).is_ok() {
+        name.as_mut_os_string().push("a");
+    }
+    name
 }
 
 /// Takes an arena and its record away.
@@ -78,8 +84,8 @@ fn cannot_remove(left: &Left) -> impl Fn(io::Error) -> RecoverError + '_ {
 /// not the rest.
 pub(super) fn set_aside(export: &str, left: &Left) -> Result<(), RecoverError> {
     let held = OldArena::open(&left.arena).map(|arena| arena.sectors());
-    let aside = left.arena.with_extension("arena.old");
-    let moved = fs::rename(&left.arena, &aside).is_ok();
+    let aside = free_name(&left.arena, "arena.old");
+    let moved = rename(&left.arena, &aside).is_ok();
     match held {
         Ok(sectors) if moved => log::warn!(
             "{export}: the machine went down while this image was served: {} that may not be on \
@@ -93,4 +99,31 @@ pub(super) fn set_aside(export: &str, left: &Left) -> Result<(), RecoverError> {
         ),
     }
     remove_record(left)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::super::arena::{Origin, V1Id};
+    use super::*;
+
+    #[test]
+    fn an_arena_that_was_set_aside_is_not_replaced_by_the_next() {
+        let dir = tempfile::tempdir().unwrap();
+        let left = Left {
+            record: None,
+            arena: dir.path().join("disk.img-0.arena"),
+            image: None,
+            boot: [1, 2],
+            origin: Origin::V1(V1Id::default()),
+            start: 0,
+            len: 512,
+        };
+        for content in ["first", "second"] {
+            fs::write(&left.arena, content).unwrap();
+            set_aside("e1.1", &left).unwrap();
+        }
+        let names = ["disk.img-0.arena.old", "disk.img-0.arena.olda"];
+        let found = names.map(|name| fs::read_to_string(dir.path().join(name)).unwrap());
+        assert_eq!(found, ["first", "second"]);
+    }
 }
