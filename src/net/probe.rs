@@ -24,6 +24,8 @@ use crate::wire::{Address, ETHERTYPE, MacAddr, Request, config};
 const ROUNDS: u32 = 3;
 /// Hosts whose answers are told apart; of more, each that answers is a target.
 const ANSWERERS_MAX: usize = 64;
+/// Frames that are taken from one NIC before the time and the others are looked at.
+const FRAMES_MAX: usize = 1024;
 
 /// Another target that answers under our address.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -132,9 +134,12 @@ impl<'a> Prober<'a> {
         let _ = self.socket.send(std::iter::once([&question[..], &[], &[]]));
     }
 
-    /// Takes the answers that have come.
+    /// Takes answers that have come, not without end.
     fn hear(&mut self, questions: &Questions, answerers: &mut Answerers) {
-        while self.receiver.refill(&self.socket).unwrap_or(false) {
+        for _ in 0..FRAMES_MAX {
+            if !self.receiver.refill(&self.socket).unwrap_or(false) {
+                return;
+            }
             let Some(frame) = self.receiver.peek() else {
                 return;
             };

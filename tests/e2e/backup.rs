@@ -250,6 +250,23 @@ fn a_second_backup_at_the_same_time_ends_at_once() {
 }
 
 #[test]
+fn a_backup_whose_name_may_not_last_is_no_success() {
+    if !lab::require("a directory that cannot be synced", &[Need::Network]) {
+        return;
+    }
+    let scene = Scene::new();
+    let sync = scene.path("tools").join("sync");
+    fs::create_dir(scene.path("tools")).unwrap();
+    let text = "#!/bin/sh\n[ ! -d \"$2\" ] || exit 1\nexec /bin/sync \"$@\"\n";
+    fs::write(&sync, text).unwrap();
+    fs::set_permissions(&sync, fs::Permissions::from_mode(0o755)).unwrap();
+    let said = scene.run(1, &[], &FILES);
+    assert!(said.contains("its directory cannot be synced"), "{said}");
+    assert!(scene.path("copy.img").exists() && !scene.is_frozen());
+    stop(scene.target);
+}
+
+#[test]
 fn a_backup_that_was_killed_keeps_no_later_one_from_its_work() {
     if !lab::require("a killed backup", &[Need::Network]) {
         return;

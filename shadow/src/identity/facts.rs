@@ -432,11 +432,10 @@ impl FileFacts {
     /// it, else what the device tells.
     fn behind_loop(node: &Node, backing: &sys::LoopBacking) -> FileFacts {
         let found = || {
-            let file = File::open(node.text_of_disk("loop/backing_file")?).ok()?;
-            let metadata = file.metadata().ok()?;
-            let is_it = (metadata.dev(), metadata.ino()) == (backing.device, backing.inode);
+            let path = node.text_of_disk("loop/backing_file")?;
+            let (file, metadata) = open_if(Path::new(&path), backing.device, backing.inode)?;
             let facts = FileFacts::of(&file, &metadata);
-            is_it.then_some(FileFacts { bytes: 0, ..facts })
+            Some(FileFacts { bytes: 0, ..facts })
         };
         found().unwrap_or(FileFacts {
             inode: backing.inode,
@@ -516,6 +515,20 @@ fn is_mounted(device: u64) -> bool {
     mounts
         .lines()
         .any(|line| line.split_whitespace().nth(2) == Some(&wanted))
+}
+
+/// Opens a file or block device if its path leads to this inode. Nothing else is
+/// opened: that of a FIFO would not return.
+fn open_if(path: &Path, device: u64, inode: u64) -> Option<(File, Metadata)> {
+    let is_it = |found: &Metadata| {
+        let kind = found.file_type();
+        let is_storage = kind.is_file() || kind.is_block_device();
+        is_storage && (found.dev(), found.ino()) == (device, inode)
+    };
+    std::fs::metadata(path).ok().filter(is_it)?;
+    let file = File::open(path).ok()?;
+    let metadata = file.metadata().ok().filter(is_it)?;
+    Some((file, metadata))
 }
 
 /// Whether the disk with this diskseq is still there.

@@ -56,18 +56,21 @@ struct User {
     pid: Option<u32>,
 }
 
-/// Returns the process that has this file open.
+/// Returns the process that has this file open and a lock on it: one that makes a
+/// copy has it open as well.
 fn user_of(of: &Metadata) -> Option<u32> {
-    let ours = std::process::id();
     for process in fs::read_dir("/proc").ok()?.flatten() {
         let name = process.file_name();
         let Some(pid) = name.to_str().and_then(|name| name.parse().ok()) else {
             continue;
         };
         let open = fs::read_dir(process.path().join("fd")).into_iter();
-        for fd in open.flatten().flatten().filter(|_| pid != ours) {
+        for fd in open.flatten().flatten() {
             let there = fs::metadata(fd.path());
-            if there.is_ok_and(|there| (there.dev(), there.ino()) == (of.dev(), of.ino())) {
+            let is_it = there.is_ok_and(|t| (t.dev(), t.ino()) == (of.dev(), of.ino()));
+            let info = process.path().join("fdinfo").join(fd.file_name());
+            let has_lock = |info: String| info.lines().any(|line| line.starts_with("lock:"));
+            if is_it && fs::read_to_string(info).is_ok_and(has_lock) {
                 return Some(pid);
             }
         }
@@ -333,5 +336,14 @@ mod tests {
     fn text_is_quoted() {
         assert_eq!(string("a\"b\\c\n\u{e9}"), "\"a\\\"b\\\\c\\u000a\u{e9}\"");
         assert_eq!(uuid(&[0xAB; 16]), "abababab-abab-abab-abab-abababababab");
+    }
+
+    #[test]
+    fn the_user_of_a_shadow_is_the_process_with_a_lock_on_it() {
+        let file = tempfile::tempfile().unwrap();
+        let of = file.metadata().unwrap();
+        assert_eq!(user_of(&of), None);
+        shadow::lock::set(&file, shadow::lock::Lock::Exclusive, 0, 0).unwrap();
+        assert_eq!(user_of(&of), Some(std::process::id()));
     }
 }

@@ -233,3 +233,29 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn a_fifo_at_the_path_of_a_backing_file_is_not_opened() {
+    let dir = tempfile::tempdir().unwrap();
+    let (file, fifo) = (dir.path().join("file"), dir.path().join("fifo"));
+    std::fs::write(&file, "x").unwrap();
+    nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::S_IRWXU).unwrap();
+    let id = |path: &Path| {
+        let found = std::fs::metadata(path).unwrap();
+        (found.dev(), found.ino())
+    };
+    let ((device, inode), other) = (id(&file), id(&fifo).1);
+    assert!(open_if(&file, device, inode).is_some());
+    assert!(open_if(&file, device, inode + 1).is_none());
+    let (tell, told) = std::sync::mpsc::channel();
+    // Not waited for: where it is opened, that does not return.
+    std::thread::spawn(move || {
+        for inode in [inode, other] {
+            let _ = tell.send(open_if(&fifo, device, inode).is_none());
+        }
+    });
+    for _ in 0..2 {
+        let is_none = told.recv_timeout(std::time::Duration::from_secs(10));
+        assert_eq!(is_none, Ok(true));
+    }
+}
