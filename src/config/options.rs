@@ -120,9 +120,12 @@ impl fmt::Display for ConfigError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             ConfigError::Clap(e) if e.use_stderr() => {
-                // What is wrong is in the first line; the rest is in --help.
+                // What is wrong stands before the first empty line; the rest is in
+                // --help.
                 let text = e.to_string();
-                let line = text.lines().next().unwrap_or_default();
+                let lines = text.lines().map(str::trim);
+                let lines: Vec<&str> = lines.take_while(|line| !line.is_empty()).collect();
+                let line = lines.join(" ");
                 write!(f, "{}; see --help", line.trim_start_matches("error: "))
             }
             ConfigError::Clap(e) => write!(f, "{e}"),

@@ -224,6 +224,14 @@ fn a_shadow_path_that_could_not_serve_is_refused_untouched() {
 }
 
 #[test]
+fn what_is_missing_is_named_in_one_line() {
+    let (code, text) = refused("--accept-shadow 1 1 lo disk.img");
+    assert_eq!(code, 2);
+    assert!(text.contains("required") && text.contains("-f <"), "{text}");
+    assert!(!text.contains('\n'), "{text}");
+}
+
+#[test]
 fn help_and_version_are_no_errors() {
     assert_eq!(refused("--help").0, 0);
     assert_eq!(refused("--version").0, 0);

@@ -187,10 +187,15 @@ impl fmt::Display for RecoverError {
                     "arena {path}: the image does not take what it holds: {e}; it is kept; {aside}"
                 )
             }
+            RecoverTrouble::ReplayFrozen(e) if e.kind() == io::ErrorKind::StorageFull => write!(
+                f,
+                "arena {path}: image or shadow do not take what it holds: {e}; it is kept; make \
+                 space on their filesystems, and start again; or {aside}"
+            ),
             RecoverTrouble::ReplayFrozen(e) => write!(
                 f,
-                "arena {path}: the image and its shadow do not take what it holds: {e}; it is kept; \
-                 {aside}"
+                "arena {path}: image or shadow do not take what it holds: {e}; it is kept; replace \
+                 the disk; {aside}"
             ),
             RecoverTrouble::TooManyBad(sectors) => write!(
                 f,
