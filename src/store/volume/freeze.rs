@@ -115,6 +115,8 @@ pub(super) struct Freezing {
     retry_at: Option<Instant>,
     /// The shadow takes no more: until when writes are not answered.
     pub full: Option<Instant>,
+    /// Since when the image does not take some sectors while the shadow is made.
+    unwell: Option<Instant>,
     /// How long the image is quiesced, while it is.
     pub frozen: Option<Frozen>,
     /// What a stop does with a shadow.
@@ -135,6 +137,7 @@ impl Freezing {
             step: false,
             retry_at: None,
             full: None,
+            unwell: None,
             frozen: None,
             on_stop: OnStop::Merge,
             dirty_max,
@@ -403,7 +406,12 @@ impl Volume {
                 geometry,
                 slots,
             } => {
-                if made && !self.is_well() {
+                let unwell = made && !self.is_well();
+                let since = unwell.then(|| self.freezing.unwell.unwrap_or(now));
+                self.freezing.unwell = since;
+                let patience = self.options.io_patience;
+                let late = since.is_some_and(|since| now - since >= patience);
+                if unwell && (late || self.freezing.thaw.is_some()) {
                     // What the cache keeps would not be in the image that is
                     // frozen.
                     log::error!(
@@ -414,7 +422,7 @@ impl Volume {
                     );
                     self.freezing.stage = Stage::Vanishing;
                     self.submit_step(Step::Vanish);
-                } else if made && !self.is_discarding() {
+                } else if made && !unwell && !self.is_discarding() {
                     // A discard that the disk has is of the generation before.
                     self.view = Some(View {
                         geometry,
@@ -559,6 +567,7 @@ impl Volume {
         let held = match self.freezing.stage {
             Stage::Held { until, .. } => Some(until),
             Stage::Frozen => self.freezing.full,
+            Stage::Creating { .. } => self.freezing.unwell.map(|t| t + self.options.io_patience),
             _ => None,
         };
         let waits = matches!(self.freezing.stage, Stage::Frozen)

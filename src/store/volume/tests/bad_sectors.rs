@@ -211,6 +211,13 @@ fn no_freeze_begins_while_something_is_kept() {
 
 #[test]
 fn a_freeze_is_withdrawn_when_a_sector_goes_bad_while_it_is_made() {
+    for thaw in [false, true] {
+        withdraw(thaw);
+    }
+}
+
+/// Waits for the disk, as long as a write does; or until a thaw is ordered.
+fn withdraw(thaw: bool) {
     let mut world = World::new(7, 40, true, 1, 0);
     world.damage(10, 1, true);
     assert!(world.write(10, 1, false));
@@ -221,6 +228,13 @@ fn a_freeze_is_withdrawn_when_a_sector_goes_bad_while_it_is_made() {
     assert_eq!(world.volume.phase(), Phase::Freezing);
     world.fate.borrow_mut().held = |_| false;
     world.pass(Duration::from_secs(1));
+    assert_eq!(world.volume.phase(), Phase::Freezing);
+    if thaw {
+        world.step(18, 0, 1);
+        world.pass(Duration::from_secs(1));
+    } else {
+        world.pass(world.volume.options.io_patience);
+    }
     assert_eq!(world.volume.phase(), Phase::Running);
     assert!(world.is_thawed());
     world.settle();
