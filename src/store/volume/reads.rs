@@ -25,7 +25,7 @@ const AHEAD_FILLS_MAX: usize = 16;
 const PREFETCHES_MAX: usize = 16;
 /// The part of the reads that the disk may have while a sync is waited for. The
 /// kernel writes little at a time beside reads that wait (writeback throttling).
-const SYNC_SHARE: usize = 4;
+const SYNC_SHARE: usize = 8;
 /// Verifies in flight. Nobody waits for their data, and each is long for the few
 /// bytes that ask for it.
 const VERIFIES_MAX: usize = 2;
