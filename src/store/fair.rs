@@ -37,7 +37,7 @@ impl Queue {
         Queue((number.wrapping_mul(0x9E37_79B9_7F4A_7C15) >> (64 - QUEUES.ilog2())) as u8)
     }
 
-    /// Its number: up to [`QUEUES`], which is ours.
+    /// Its number; the last one is ours.
     pub fn index(self) -> usize {
         usize::from(self.0)
     }
