@@ -838,7 +838,7 @@ fn a_state_that_cannot_be_saved_refuses_the_change_and_nothing_else() {
         let refused = client.call(&frame).unwrap();
         assert_eq!(refused.error(), Some(2), "{refused:?}");
     }
-    let line = target.wait_for_line("saving", soon()).unwrap();
+    let line = target.wait_for_line("save failed", soon()).unwrap();
     assert!(line.contains("error") && line.contains("state"), "{line}");
     assert_eq!(client.config_read().unwrap().string, b"old");
     assert!(client.mask_read().unwrap().list.is_empty());
