@@ -41,7 +41,8 @@ impl Sweep {
     fn goes_on(&self) -> bool {
         match self.wanted {
             Some(wanted) => self.kills < wanted,
-            None => self.start.elapsed() < SWEEP * test_factor(),
+            // On a busy machine a few kills take longer.
+            None => self.kills < 10 || self.start.elapsed() < SWEEP * test_factor(),
         }
     }
 }
