@@ -232,7 +232,7 @@ mod tests {
                 .collect();
             words
         };
-        // All four words of one of them, whoever comes first.
+        // All four words of one of them, in any order of arrival.
         std::thread::scope(|scope| {
             for n in 0..4 {
                 let path = &path;

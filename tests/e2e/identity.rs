@@ -169,7 +169,7 @@ impl Zram {
 
 impl Drop for Zram {
     fn drop(&mut self) {
-        // Whoever looked at it when it came may have it open for a moment.
+        // A process that looked at it when it came may have it open for a moment.
         let remove = || fs::write(format!("{ZRAM}/hot_remove"), self.number.to_string()).is_ok();
         if wait_until("the disk is free", Deadline::seconds(10), remove).is_err() {
             eprintln!("{} is left behind", self.path().display());
