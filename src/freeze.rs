@@ -64,7 +64,7 @@ pub enum Begin {
 
 /// Why an order makes no sense now. It is reported, and changes nothing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Senseless {
+pub enum InvalidTransition {
     /// To freeze what is frozen, or about to be.
     Frozen,
     /// To freeze while the last freeze is merged.
@@ -75,30 +75,30 @@ pub enum Senseless {
     ThawingAlready,
 }
 
-impl fmt::Display for Senseless {
+impl fmt::Display for InvalidTransition {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
-            Senseless::Frozen => "freeze: it is frozen already; nothing done",
-            Senseless::Thawing => {
+            InvalidTransition::Frozen => "freeze: it is frozen already; nothing done",
+            InvalidTransition::Thawing => {
                 "freeze: the last one is still being merged; send it again when that is done"
             }
-            Senseless::Running => "thaw: nothing is frozen; nothing done",
-            Senseless::ThawingAlready => "thaw: it is thawing already; nothing done",
+            InvalidTransition::Running => "thaw: nothing is frozen; nothing done",
+            InvalidTransition::ThawingAlready => "thaw: it is thawing already; nothing done",
         })
     }
 }
 
 /// What an order sets off in a phase.
-pub fn decide(phase: Phase, order: Order, has_shadow: bool) -> Result<Begin, Senseless> {
+pub fn decide(phase: Phase, order: Order, has_shadow: bool) -> Result<Begin, InvalidTransition> {
     match (order, phase) {
         (Order::Freeze, Phase::Running) if has_shadow => Ok(Begin::Freeze),
         (Order::Freeze, Phase::Running) => Ok(Begin::Hold),
-        (Order::Freeze, Phase::Thawing) => Err(Senseless::Thawing),
-        (Order::Freeze, _) => Err(Senseless::Frozen),
-        (Order::Thaw, Phase::Running) => Err(Senseless::Running),
+        (Order::Freeze, Phase::Thawing) => Err(InvalidTransition::Thawing),
+        (Order::Freeze, _) => Err(InvalidTransition::Frozen),
+        (Order::Thaw, Phase::Running) => Err(InvalidTransition::Running),
         (Order::Thaw, Phase::Freezing) => Ok(Begin::Withdraw),
         (Order::Thaw, Phase::Frozen) => Ok(Begin::Thaw),
-        (Order::Thaw, Phase::Thawing) => Err(Senseless::ThawingAlready),
+        (Order::Thaw, Phase::Thawing) => Err(InvalidTransition::ThawingAlready),
         (Order::Thaw, Phase::Held) => Ok(Begin::Release),
     }
 }
@@ -140,14 +140,14 @@ mod tests {
         use Phase::{Freezing, Frozen, Held, Running, Thawing};
         let all = [
             (Running, Freeze, Ok(Begin::Freeze)),
-            (Running, Thaw, Err(Senseless::Running)),
-            (Freezing, Freeze, Err(Senseless::Frozen)),
+            (Running, Thaw, Err(InvalidTransition::Running)),
+            (Freezing, Freeze, Err(InvalidTransition::Frozen)),
             (Freezing, Thaw, Ok(Begin::Withdraw)),
-            (Frozen, Freeze, Err(Senseless::Frozen)),
+            (Frozen, Freeze, Err(InvalidTransition::Frozen)),
             (Frozen, Thaw, Ok(Begin::Thaw)),
-            (Thawing, Freeze, Err(Senseless::Thawing)),
-            (Thawing, Thaw, Err(Senseless::ThawingAlready)),
-            (Held, Freeze, Err(Senseless::Frozen)),
+            (Thawing, Freeze, Err(InvalidTransition::Thawing)),
+            (Thawing, Thaw, Err(InvalidTransition::ThawingAlready)),
+            (Held, Freeze, Err(InvalidTransition::Frozen)),
             (Held, Thaw, Ok(Begin::Release)),
         ];
         for (phase, order, meaning) in all {

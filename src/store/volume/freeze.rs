@@ -38,7 +38,7 @@ use super::Volume;
 use super::frozen::{Frozen, Thaw};
 use super::merge::Merge;
 use super::view::View;
-use crate::freeze::{Begin, OnStop, Order, Phase, Senseless, decide};
+use crate::freeze::{Begin, InvalidTransition, OnStop, Order, Phase, decide};
 
 pub(super) const STEP: JobId = JobId(u64::MAX - 3);
 pub(super) const COMMIT: JobId = JobId(u64::MAX - 4);
@@ -216,7 +216,12 @@ impl Volume {
     }
 
     /// Takes an order; `uuid` names the shadow of a freeze.
-    pub fn order(&mut self, now: Instant, order: Order, uuid: [u8; 16]) -> Result<(), Senseless> {
+    pub fn order(
+        &mut self,
+        now: Instant,
+        order: Order,
+        uuid: [u8; 16],
+    ) -> Result<(), InvalidTransition> {
         // With its name gone it is over for whoever looks on.
         let vanishing = matches!(self.freezing.stage, Stage::Vanishing);
         if vanishing && order == Order::Freeze && !self.draining {
