@@ -527,10 +527,10 @@ impl Volume {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
 
-    fn extents(list: &[(u64, u64)]) -> Vec<Extent> {
+    pub fn extents(list: &[(u64, u64)]) -> Vec<Extent> {
         let extent = |&(start, count)| Extent::new(Lba(start), count).unwrap();
         list.iter().map(extent).collect()
     }

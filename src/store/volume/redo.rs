@@ -195,12 +195,8 @@ fn without(extents: &[Extent], others: &[Extent]) -> Vec<Extent> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::discards::tests::extents;
     use super::*;
-
-    fn extents(list: &[(u64, u64)]) -> Vec<Extent> {
-        let extent = |&(start, count)| Extent::new(Lba(start), count).unwrap();
-        list.iter().map(extent).collect()
-    }
 
     #[test]
     fn what_is_dirty_is_left_out() {
